@@ -1,0 +1,17 @@
+"Fixtures that several tests share."
+import shutil
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session')
+def checkout(tmp_path_factory):
+    "A copy of what the notebooks and the docs need, to run them without touching the working tree."
+    dest = tmp_path_factory.mktemp('checkout')
+    skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs')
+    for o in ('nbs', 'hyperflux', 'tools'): shutil.copytree(root/o, dest/o, ignore=skip)
+    for o in ('pyproject.toml', 'settings.ini', 'setup.py', '_quarto.yml'): shutil.copy2(root/o, dest/o)
+    return dest

@@ -1,0 +1,58 @@
+"The notebooks: each runs top to bottom, a second run changes no byte, the package is what they export."
+import filecmp, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+from fastcore.nbio import read_nb
+
+root = Path(__file__).parents[1]
+paths = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+each_notebook = pytest.mark.parametrize('path', paths, ids=[str(p.relative_to('nbs').with_suffix('')) for p in paths])
+
+
+def run(*args, cwd):
+    "Run a command of this environment on the copy in `cwd`; its output is shown when it fails."
+    env = os.environ | {'PYTHONPATH': str(cwd), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    res = subprocess.run(args, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert res.returncode == 0, res.stdout
+    return res.stdout
+
+
+@each_notebook
+def test_runs_and_a_second_run_changes_nothing(path, checkout):
+    run('nbdev-test', path, '--save', '--n-workers', '0', cwd=checkout)
+    run('nbdev-clean', '--fname', path, cwd=checkout)
+    assert (checkout/path).read_text() == (root/path).read_text(), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
+
+
+def code_cells(path): return [c for c in read_nb(root/path).cells if c.cell_type == 'code']
+
+
+@each_notebook
+def test_is_fit_to_read(path):
+    cells = code_cells(path)
+    outputs = [o for c in cells for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == 'error']
+    if any(re.search(r'^import matplotlib|plt\.', c.source, re.M) for c in cells):
+        assert any(k.startswith('image/') for o in outputs for k in o.get('data', {})), 'draws, but holds no picture: run it with --save'
+    assert (root/path).stat().st_size < 1.5e6
+    assert max([len(c.source.splitlines()) for c in cells], default=0) <= 80
+
+
+def test_package_is_in_step_with_notebooks(checkout, tmp_path):
+    for o in ('nbs', 'pyproject.toml', 'settings.ini'):
+        (shutil.copytree if (root/o).is_dir() else shutil.copy2)(root/o, tmp_path/o)
+    (tmp_path/'hyperflux').mkdir()
+    shutil.copy2(root/'hyperflux/__init__.py', tmp_path/'hyperflux')
+    run('nbdev-export', cwd=tmp_path)
+    exported, kept = ({p.name for p in (o/'hyperflux').glob('*.py')} for o in (tmp_path, root))
+    assert exported == kept, 'hyperflux/ holds other modules than the notebooks export'
+    differing = filecmp.cmpfiles(tmp_path/'hyperflux', root/'hyperflux', exported, shallow=False)[1]
+    assert not differing, f'{differing} differ from what the notebooks export: run nbdev-export'
+
+
+@pytest.mark.skipif(not (root/'nbs/00_gates.ipynb').exists(), reason='no 00_gates yet')
+def test_runs_in_a_jupyter_kernel(tmp_path):
+    shutil.copy2(root/'nbs/00_gates.ipynb', tmp_path)
+    run('jupyter', 'execute', '--inplace', '--kernel_name=python3', tmp_path/'00_gates.ipynb', cwd=root)
+    assert any(c.get('execution_count') for c in read_nb(tmp_path/'00_gates.ipynb').cells)
