@@ -7,14 +7,14 @@ __all__ = ['MIN_STEPS', 'check_sparsity', 'constant', 'ramp', 'adam_damping', 'c
            'exponential', 'early', 'authors_trajectory', 'Plant', 'simulate', 'tracking_error', 'AuthorsController',
            'LogController', 'land_']
 
-# %% ../nbs/02_pressure.ipynb #bb1733da
+# %% ../nbs/02_pressure.ipynb #b65e3e53
 import math, torch
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from torch import Tensor
 
-# %% ../nbs/02_pressure.ipynb #85f8eab3
+# %% ../nbs/02_pressure.ipynb #4cc27635
 def check_sparsity(
     s:float, # Sparsity, a fraction in [0, 1)
 )->float: # The same as a Python float
@@ -26,7 +26,7 @@ def check_sparsity(
     if not 0 <= s < 1: raise ValueError(f"sparsity is a fraction in [0, 1), the share of weights to remove: got {s:g}")
     return s
 
-# %% ../nbs/02_pressure.ipynb #9f52502b
+# %% ../nbs/02_pressure.ipynb #410f6e60
 def constant(p:float, # Progress in [0, 1]; not used
     gamma:float, # The pressure, >= 0
 )->float:
@@ -41,7 +41,7 @@ def ramp(p:float, # Progress in [0, 1]
     if start <= 0 or end <= 0: raise ValueError(f"a geometric ramp runs between two positive pressures: got {start} and {end}")
     return start*(end/start)**p
 
-# %% ../nbs/02_pressure.ipynb #2dee37ac
+# %% ../nbs/02_pressure.ipynb #d9a7f900
 def adam_damping(
     gamma:float, # Pressure, >= 0
     d:int, # Number of prunable weights
@@ -51,7 +51,7 @@ def adam_damping(
     force = gamma/d
     return force/(force + eps) if force else 0.
 
-# %% ../nbs/02_pressure.ipynb #8c5e5626
+# %% ../nbs/02_pressure.ipynb #0ae5be28
 MIN_STEPS = 50 # With fewer pruning steps than this, presences say nothing about weights (see the picture below)
 
 def check_reach(
@@ -77,7 +77,7 @@ def presence_lr(
     check_reach(steps, travel/steps, high)
     return travel/steps
 
-# %% ../nbs/02_pressure.ipynb #e7efd238
+# %% ../nbs/02_pressure.ipynb #f15c3b71
 def linear(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned density, here and below
@@ -94,9 +94,9 @@ def exponential(p:float, target:float)->float:
 
 def early(p:float, target:float)->float:
     "Fast at first and patient at the end, on the logarithm of density"
-    return target**(1 - (1 - p)**2)
+    return target**(1 - (1 - p)**4)
 
-# %% ../nbs/02_pressure.ipynb #9131b5c0
+# %% ../nbs/02_pressure.ipynb #54b4bb7b
 def _planned(e0, epochs, a):
     r = [1.]
     for j in range(1, epochs + 1): r.append(r[-1]*(e0 + (.999 - e0)/(1 + math.exp(-a/epochs*(j - epochs/2)))))
@@ -123,7 +123,7 @@ def authors_trajectory(
     "The Hyperflux authors' trajectory"
     return _authors_plan(target, epochs, a)[min(max(round(p*epochs), 0), epochs)]
 
-# %% ../nbs/02_pressure.ipynb #b5dde9b0
+# %% ../nbs/02_pressure.ipynb #9d3411d3
 @dataclass
 class Plant:
     "A simulated network: log density relaxes to that of the pruning law, min(1, c·γ^-α)"
@@ -180,7 +180,7 @@ def tracking_error(
     es = [math.log(r['density']/r['planned']) for r in rows if r['progress'] >= skip]
     return math.sqrt(sum(e*e for e in es)/len(es))
 
-# %% ../nbs/02_pressure.ipynb #deab1643
+# %% ../nbs/02_pressure.ipynb #3e9aa1bc
 class _Controller:
     "State as plain floats"
     def state_dict(self)->dict: return {k: float(getattr(self, k)) for k in self.state}
@@ -212,23 +212,24 @@ class AuthorsController(_Controller):
             self.i_plus, self.i_minus = 0., self.i_minus + s/4
         return self.b**1.5
 
-# %% ../nbs/02_pressure.ipynb #a4153487
+# %% ../nbs/02_pressure.ipynb #16b881d6
 class LogController(_Controller):
     "PI control of log density by log pressure, with feedforward from the pruning law and anti-windup"
-    state = 'integral', 'error', 'progress'
+    state = 'integral', 'error', 'progress', 'plan'
     def __init__(self,
-        kp:float=3., # e-foldings of pressure for one e-folding of density above plan
-        ki:float=30., # The same, for that error held during the whole run
+        kp:float=10., # e-foldings of pressure for one e-folding of density above plan
+        ki:float=60., # The same, for that error held during the whole run
         alpha:float=.7, # The law's exponent that feedforward assumes; feedback makes up for it
+        lead:float=.1, # The lag τ that feedforward makes up for, a fraction of the run
         start:float=math.exp(-5), # First pressure
         low:float=math.exp(-14), # Lowest pressure, > 0
         high:float=math.exp(9), # Highest
     ):
         if not 0 < low <= start <= high: raise ValueError(f"pressures: 0 < low <= start <= high, got low={low:g}, start={start:g}, high={high:g}")
-        self.kp, self.ki, self.alpha, self.start = kp, ki, alpha, math.log(start)
+        self.kp, self.ki, self.alpha, self.lead, self.start = kp, ki, alpha, lead, math.log(start)
         self.low, self.high = math.log(low), math.log(high)
         self.first = start # Pressure before the first question
-        self.integral = self.error = self.progress = 0.
+        self.integral = self.error = self.progress = self.plan = 0.
 
     def __call__(self,
         density:float, # Measured, in [0, 1]
@@ -241,13 +242,14 @@ class LogController(_Controller):
         e = max(-1., min(1., math.log(density/planned))) if density > 0 else -1.
         dp = progress - self.progress if progress >= self.progress else progress
         self.error += (e - self.error)/3
-        integral = self.integral + min(self.ki*dp, 1/3)*e
-        u = self.start - math.log(planned)/self.alpha + self.kp*self.error + integral
+        integral, plan = self.integral + min(self.ki*dp, 1/3)*e, math.log(planned)
+        lead = max(-1., min(1., self.lead*(plan - self.plan)/dp)) if dp > 0 else 0.
+        u = self.start - (plan + lead)/self.alpha + self.kp*self.error + integral
         if not (u > self.high and e > 0 or u < self.low and e < 0): self.integral = integral      # anti-windup
-        self.progress = progress
+        self.progress, self.plan = progress, plan
         return math.exp(max(self.low, min(self.high, u)))
 
-# %% ../nbs/02_pressure.ipynb #f1d5a3eb
+# %% ../nbs/02_pressure.ipynb #eb23fbc5
 @torch.no_grad()
 def land_(
     presence:Tensor, # [n], float32 or float64, changed in place

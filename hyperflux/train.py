@@ -6,14 +6,15 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #18264d44
+# %% ../nbs/06_train.ipynb #74705050
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from safetensors.torch import save_model
 
 from .data import Data, load_data
@@ -22,7 +23,7 @@ from .models import make_model
 from .pressure import check_sparsity
 from .pruner import Hyperflux, Settings, authors, density_table
 
-# %% ../nbs/06_train.ipynb #865d41e6
+# %% ../nbs/06_train.ipynb #36bca909
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -61,7 +62,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #f72b11f7
+# %% ../nbs/06_train.ipynb #68cabe28
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -71,7 +72,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #caaabfdd
+# %% ../nbs/06_train.ipynb #c4b00a43
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -87,7 +88,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #267c6ab9
+# %% ../nbs/06_train.ipynb #ea8b2632
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -140,7 +141,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #fed98eb0
+# %% ../nbs/06_train.ipynb #45c8a1aa
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -178,31 +179,31 @@ def fit(
         if run.epoch == config.dense_epochs and run.pruner is None:
             run.dense_accuracy = evaluate(run.model, run.test_loader)['accuracy']
             run.start_pruning()
-        loss = train_epoch(run, lambda text: setattr(bar, 'comment', text))
+        stage, loss = run.stage, train_epoch(run, lambda text: setattr(bar, 'comment', text))
         run.epoch += 1
-        run.history.append(_row(run, loss))
+        run.history.append(_row(run, stage, loss))
         run.seconds += time.perf_counter() - began
         if folder: run.save(folder/'checkpoint.pt')
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #49c716e8
+# %% ../nbs/06_train.ipynb #8b287774
 def _bar(it, progress):
-    if not progress: return _NoBar(it)
-    from fastprogress.fastprogress import progress_bar        # brings a web toolkit with it: only when it is shown
+    "The epochs, with a progress bar if it is wanted"
+    if not progress: return _Quiet(it)
+    from fastprogress.fastprogress import progress_bar        # brings a web toolkit with it: not on import
     return progress_bar(it)
 
-class _NoBar:
-    "A progress bar that shows nothing"
-    def __init__(self, it): self.it, self.comment = it, ''
-    def __iter__(self): return iter(self.it)
+class _Quiet(list):
+    "What a progress bar is when nobody looks"
+    comment = ''
 
-def _row(run, loss):
+def _row(run, stage, loss):
     "One epoch of history"
-    p, row = run.pruner, dict(epoch=run.epoch, stage=run.stage, lr=run.optimizer.param_groups[0]['lr'], loss=loss, accuracy=evaluate(run.model, run.test_loader)['accuracy'])
+    p, row = run.pruner, dict(epoch=run.epoch, stage=stage, lr=run.optimizer.param_groups[0]['lr'], loss=loss, accuracy=evaluate(run.model, run.test_loader)['accuracy'])
     row |= dict(density=1., planned=1., pressure=0., births=0, deaths=0)
     if not p: return row
-    row |= dict(density=p.density, planned=p.planned(p.step/p._prune_end), pressure=p.gamma)
+    row |= dict(density=p.density, planned=p.planned, pressure=p.gamma)
     if p.meter.updates:
         total = p.meter.layers()[-1]
         row |= dict(births=total['births'], deaths=total['deaths'])
@@ -224,7 +225,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #c944ae94
+# %% ../nbs/06_train.ipynb #288df395
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -239,7 +240,7 @@ def summary(
     p, rows = run.pruner, run.pruner.layers()
     return dict(config=dataclasses.asdict(run.config), dense_accuracy=run.dense_accuracy, accuracy=run.history[-1]['accuracy'],
                 split='valid' if run.config.valid else 'test', sparsity_asked=run.config.sparsity, sparsity_reached=1 - rows[-1]['left']/p.d,
-                keep=p.keep, left=rows[-1]['left'], weights=p.d, seconds=run.seconds, layers=rows)
+                keep=p.keep, left=rows[-1]['left'], weights=p.d, layers=rows)
 
 def summary_text(
     s:dict, # From `summary`
@@ -250,11 +251,11 @@ def summary_text(
             ('sparsity asked', f"{s['sparsity_asked']:.4%}"), ('sparsity reached', f"{s['sparsity_reached']:.4%}"),
             ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
     if 'sizes' in s: rows += [('model.safetensors', f"{s['sizes']['dense']/1e3:,.1f} kB"), ('the same, compressed', f"{s['sizes']['compressed']/1e3:,.1f} kB")]
-    if s.get('seconds'): rows.append(('training time', f"{s['seconds']:.1f} s"))
+    if 'seconds' in s: rows.append(('training time', f"{s['seconds']:.1f} s"))
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #e5d84e71
+# %% ../nbs/06_train.ipynb #6c4b8a08
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -268,6 +269,7 @@ def plot_run(
         (a, b), (c, d) = fig.subplots(2, 2)
         es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
         a.semilogy(es, get('density'), 'C0', label='density'); a.semilogy(es, get('planned'), 'C7--', lw=1, label='planned')
+        for ax in a, b: ax.xaxis.get_major_locator().set_params(integer=True)
         a.set(xlabel='epoch', ylabel='density'); a.legend(frameon=False, loc='upper right')
         twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
         b.plot(es, get('accuracy'), 'C2'); b.set(xlabel='epoch', ylabel='accuracy (%)')
@@ -279,24 +281,31 @@ def plot_run(
         c.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color='C0')
         for i, r in enumerate(rows): c.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=8)
         c.set(xlabel='weights left (%)', xlim=(0, 1.45*max(100*r['density'] for r in rows) or 1))
-        if flux: plot_flux(flux, ax=d)
+        if flux: plot_flux(flux, ax=d).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
         else: d.set_axis_off()
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #1a0a05dc
+# %% ../nbs/06_train.ipynb #0d946847
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)
     with open(folder/'history.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, run.history[-1].keys()); w.writeheader(); w.writerows(run.history)
     save_model(run.model, str(folder/'model.safetensors'))
-    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'))
+    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds)
     (folder/'summary.json').write_text(json.dumps(s, indent=2)+'\n')
     plot_run(run.history, s['layers'], run.flux).savefig(folder/'run.png', dpi=150)
     return s
 
-def _run_text(self, markdown=False):
-    return summary_text(summary(self), markdown) if self.finished and self.pruner else f"Run {self.config.name}: epoch {self.epoch} of {self.config.epochs}, {self.stage}"
-Run.__str__ = Run.__repr__ = _run_text
-Run._repr_markdown_ = lambda self: _run_text(self, markdown=True)
+@patch
+def text(self:Run, markdown=False)->str:
+    "How far it is, or how it ended"
+    if self.finished and self.pruner: return summary_text(summary(self), markdown)
+    return f"Run {self.config.name}: epoch {self.epoch} of {self.config.epochs}, {self.stage}"
+
+@patch
+def __repr__(self:Run): return self.text()
+
+@patch
+def _repr_markdown_(self:Run): return self.text(markdown=True)

@@ -1,0 +1,158 @@
+"What every benchmark needs: interleaved timing, peak memory, statistics, a table, and a record that says where it comes from."
+import gc, json, multiprocessing, os, platform, random, statistics, subprocess, time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+root = Path(__file__).parents[1]
+
+
+# Where a number comes from
+
+def processor():
+    "The CPU's name"
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: return platform.processor() or platform.machine()
+    return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')), platform.machine())
+
+
+def git_commit():
+    "The commit that ran, with '+' if the package or the benchmarks differ from it; None outside of git"
+    git = lambda *a: subprocess.run(['git', *a], cwd=root, text=True, capture_output=True, check=True).stdout.strip()
+    try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--', 'hyperflux', 'benchmarks'))
+    except (OSError, subprocess.CalledProcessError): return None
+
+
+def provenance(
+    command:str, # The line that repeats the benchmark
+)->dict:
+    "The head of a record"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+    return dict(command=command, date=str(date.today()), commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+                hardware=dict(cpu=processor(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+                              threads=torch.get_num_threads(), gpu=gpus[0] if gpus else None, load_before=load))
+
+
+def write_json(
+    record:dict,
+    path, # Its folder is made
+):
+    "A record as JSON, one row of a list per line, so that two of them compare well"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = lambda xs: '[\n    ' + ',\n    '.join(json.dumps(x) for x in xs) + ']' if xs else '[]'
+    body = ',\n'.join(f'  {json.dumps(k)}: {rows(v) if isinstance(v, list) else json.dumps(v)}' for k, v in record.items())
+    path.write_text('{\n' + body + '\n}\n', encoding='utf-8')
+
+
+def stats(
+    xs:list[float],
+)->dict: # n, median, q1, q3, mean, std
+    "What a list of times says"
+    q1, median, q3 = statistics.quantiles(xs, n=4, method='inclusive') if len(xs) > 1 else xs*3
+    return dict(n=len(xs), median=median, q1=q1, q3=q3, mean=statistics.fmean(xs), std=statistics.stdev(xs) if len(xs) > 1 else 0.)
+
+
+def table(
+    head:tuple, # Column titles
+    rows:list[tuple], # Strings
+    left:int=2, # How many columns, from the first, are words
+)->str:
+    "Aligned text"
+    cells = [head, *rows]
+    width = [max(map(len, col)) for col in zip(*cells)]
+    return '\n'.join('  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+
+
+# Time
+
+def _burst(step, batches, device):
+    "Milliseconds of each step but the first, which only warms caches"
+    if device.type == 'cuda':                       # events: launches of one step overlap the work of the one before, as in training
+        marks = [torch.cuda.Event(enable_timing=True) for _ in batches]
+        for b, mark in zip(batches, marks): step(*b), mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+    times = [time.perf_counter_ns()]
+    for b in batches:
+        step(*b)
+        times.append(time.perf_counter_ns())
+    return [(b - a)/1e6 for a, b in zip(times[1:], times[2:])]
+
+
+def interleave(
+    steps:dict, # Name → function of a batch, one training step
+    batch, # Makes a fresh batch
+    device:torch.device,
+    rounds:int, # In each, every function has its turn, in random order
+    burst:int, # Timed steps in a turn
+    warmup:int, # Untimed steps of each before all
+)->dict: # Name → one list of milliseconds per round
+    "Times of several functions under the same drift: short turns, the same batches for all in a round, garbage collected in between"
+    order, rng, times = list(steps), random.Random(0), {k: [] for k in steps}
+    for step in steps.values():
+        for _ in range(warmup): step(*batch())
+    collect = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            batches = [batch() for _ in range(burst + 1)]
+            rng.shuffle(order)
+            for k in order: times[k].append(_burst(steps[k], batches, device))
+            gc.collect()
+    finally:
+        if collect: gc.enable()
+    return times
+
+
+def ratios(
+    rounds:list, # Of `interleave`
+    baseline:list, # The same of what to compare with
+)->dict: # median, q1, q3
+    "Median step over the baseline's in the same round: what drifts from round to round cancels"
+    s = stats([statistics.median(a)/statistics.median(b) for a, b in zip(rounds, baseline)])
+    return {k: s[k] for k in ('median', 'q1', 'q3')}
+
+
+# Memory
+
+def _resident(field):
+    "A line of /proc/self/status in bytes; None where there is no such file"
+    try: text = Path('/proc/self/status').read_text()
+    except OSError: return None
+    return next((int(o.split()[1])*1024 for o in text.splitlines() if o.startswith(field + ':')), None)
+
+
+def fresh_process(
+    module:str, # Imported once by the server from which the processes are forked
+):
+    "Makes a context whose every process starts from the same small memory, where freed memory goes back to the system at once"
+    os.environ.update(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')       # read by glibc at the start of a program
+    context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
+    if context.get_start_method() == 'forkserver': context.set_forkserver_preload([module])
+    return context
+
+
+def peak(
+    make, # Builds everything and returns a function that takes one training step
+    device:torch.device,
+    n:int=10, # Steps
+)->int|None: # Bytes; None where the system does not tell
+    "Most memory in use during `n` steps above what was in use before: the allocator's own count on CUDA, the process's resident memory on the CPU"
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step = make()
+        for _ in range(n): step()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident('VmRSS')
+    if before is None: return None
+    try: Path('/proc/self/clear_refs').write_text('5')                  # forget earlier peaks, such as that of an import
+    except OSError: pass
+    step = make()
+    for _ in range(n): step()
+    return _resident('VmHWM') - before
