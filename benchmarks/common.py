@@ -126,12 +126,12 @@ def _resident(field):
 
 
 def fresh_process(
-    module:str, # Imported once by the server from which the processes are forked
+    modules:list[str], # Imported once by the server from which the processes are forked
 ):
     "Makes a context whose every process starts from the same small memory, where freed memory goes back to the system at once"
     os.environ.update(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')       # read by glibc at the start of a program
     context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-    if context.get_start_method() == 'forkserver': context.set_forkserver_preload([module])
+    if context.get_start_method() == 'forkserver': context.set_forkserver_preload(modules)
     return context
 
 

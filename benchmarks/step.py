@@ -2,7 +2,7 @@
 
 All ways train the same network on the same random batches in one run, in short turns of random order, so that drift hits all alike.
 A ratio is the median, over rounds, of the way's median step over the dense one's in the same round. Memory is the most that ten steps use above
-what was in use before the network was made: on the CPU the resident memory of a process for each way (compiler loaded beforehand),
+what was in use before the network was made: on the CPU the resident memory of a process for each way (libraries and compiler loaded beforehand),
 on CUDA the allocator's count. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
 """
 import argparse, statistics, sys, time
@@ -101,14 +101,11 @@ def memory(model, way, device, threads, n):
     "`peak` of one way; on the CPU to be called in a fresh process"
     torch.set_num_threads(threads)
     device = torch.device(device)
-    if device.type == 'cpu' and way == 'compiled':                      # the compiler itself is no part of the answer
-        step, _ = make('lenet300', way, device)
-        step(*batches('lenet300', device)())
-        del step, _
     def run():
         step, _ = make(model, way, device)
         batch = batches(model, device)
         return lambda: step(*batch())
+    run()()                                                             # libraries and the compiler, loaded when first used, are no part of the answer
     return peak(run, device, n)
 
 
@@ -118,7 +115,7 @@ def all_memory(model, ways, device, n):
     if device.type != 'cpu': return {a[1]: memory(*a) for a in args}
     found = {}
     for a in args:                                                      # a pool each: a process that has worked is not fresh
-        with ProcessPoolExecutor(1, mp_context=fresh_process('benchmarks.step')) as pool: found[a[1]] = pool.submit(memory, *a).result()
+        with ProcessPoolExecutor(1, mp_context=fresh_process(['hyperflux.pruner', 'torchvision'])) as pool: found[a[1]] = pool.submit(memory, *a).result()
     return found
 
 
