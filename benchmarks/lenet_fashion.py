@@ -44,6 +44,7 @@ def main():
     ap.add_argument('--sparsities', type=float, nargs='+', default=[.98, .99])
     a = ap.parse_args()
     torch.set_num_threads(1)
+    origin = provenance('python -m benchmarks.lenet_fashion --root FOLDER')     # now: the commit that runs, not the one at the end
     data, rows, single = load_data('fashion-mnist', a.root), [], []
     for method in 'hyperflux', 'authors':
         for s in a.sparsities:
@@ -56,7 +57,7 @@ def main():
             rows.append(row(method, s, runs))
             print(rows[-1], flush=True)
     out = Path(a.out)
-    write_json(dict(provenance('python -m benchmarks.lenet_fashion --root FOLDER'), rows=rows, runs=single), out.with_suffix('.json'))
+    write_json(dict(origin, rows=rows, runs=single), out.with_suffix('.json'))
     with open(out.with_suffix('.csv'), 'w', newline='') as f:
         w = csv.DictWriter(f, rows[0])
         w.writeheader()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'Pruner', 'density_table', 'Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03_pruner.ipynb #57a6bbbb
+# %% ../nbs/03_pruner.ipynb #80031421
 import difflib, functools, gc, math, re, types, warnings, weakref
 from dataclasses import dataclass
 from typing import Callable
@@ -19,7 +19,7 @@ from .flux import FluxMeter
 from .pressure import (AuthorsController, LogController, authors_trajectory, check_reach, check_sparsity, early,
                                 land_, presence_lr)
 
-# %% ../nbs/03_pruner.ipynb #82c13e8d
+# %% ../nbs/03_pruner.ipynb #40d31506
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
@@ -35,7 +35,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #bb0e7b18
+# %% ../nbs/03_pruner.ipynb #1250b0b6
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -74,7 +74,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #8a414e35
+# %% ../nbs/03_pruner.ipynb #2faa9cd8
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -88,14 +88,14 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #d096e830
+# %% ../nbs/03_pruner.ipynb #f3954233
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
 )->Callable: # Removes the guard
     "Lets no exception leave `optimizer.step` before `undo` has run"
     inner, on = optimizer.step, [True]
-    @functools.wraps(inner)
+    @functools.wraps(getattr(inner, '__func__', inner))                 # of the function: a bound method's signature lacks self
     def step(self, *args, **kwargs):
         try: return inner(*args, **kwargs)
         except BaseException:
@@ -107,7 +107,7 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #a9c93ca1
+# %% ../nbs/03_pruner.ipynb #fd1867f7
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
 
 def _check_steps(steps):
@@ -140,6 +140,7 @@ class Pruner:
         self.model, self.optimizer, self.steps, self.step = model, optimizer, steps, 0
         self.names, self.params = list(weights), list(weights.values())
         self.sizes, self.d = [p.numel() for p in self.params], sum(p.numel() for p in self.params)
+        if self.keep < 1: raise ValueError(f"a sparsity of {self.sparsity:g} leaves no weight of {self.d:,}: ask for at most {1 - 1/self.d:.4g}")
         first, *rest = self.params
         if any(p.device != first.device for p in rest): raise ValueError("the chosen weights lie on several devices; a pruner works on one: choose with targets=")
         self.device = first.device
@@ -151,7 +152,7 @@ class Pruner:
     def _flat(self, value=0.): return torch.full((self.d,), value, device=self.device, dtype=self.dtype)
     def _views(self, flat): return [v.view_as(p) for v, p in zip(flat.split(self.sizes), self.params)]
     def _gather(self, tensors): return torch.cat([x.detach().flatten().to(self.dtype) for x in tensors])
-    def _versions(self): return sum(p._version for p in self.params)
+    def _versions(self): return [(p._version, p.data_ptr()) for p in self.params]
 
     def attach(self):
         "Starts to work around `optimizer.step`"
@@ -160,17 +161,20 @@ class Pruner:
             if id(p) in _attached: raise ValueError(f"{n} already has a pruner ({type(_attached[id(p)]).__name__}): call its detach() first")
         for p in self.params: _attached[id(p)] = self
         self._handles = [self.optimizer.register_step_pre_hook(self._pre), self.optimizer.register_step_post_hook(self._post)]
-        self._unguard, self._seen = _guard(self.optimizer, self._undo), self._versions()
+        self._unguard, self._depth, self._seen = _guard(self.optimizer, self._undo), 0, None   # None: the weights may have changed
         return self
 
     def detach(self):
         "Leaves the optimiser alone from now on; the model keeps its sparse weights"
         self._unguard()
         for h in self._handles: h.remove()
-        for p in self.params: _attached.pop(id(p), None)
+        for p in self.params:
+            if _attached.get(id(p)) is self: del _attached[id(p)]
 
     @torch.no_grad()
     def _pre(self, optimizer, args, kwargs):
+        self._depth += 1
+        if self._depth > 1: return None                                       # a step that calls super().step(): torch runs the hooks for both
         args, kwargs = _run_closure(args, kwargs)
         if self._versions() != self._seen: self._resync()
         self._before([p.grad for p in self.params])
@@ -178,6 +182,8 @@ class Pruner:
 
     @torch.no_grad()
     def _post(self, optimizer, args, kwargs):
+        self._depth -= 1
+        if self._depth: return
         self._after()
         self.step, self._swapped = self.step + 1, False
         self._advance()
@@ -186,7 +192,7 @@ class Pruner:
     @torch.no_grad()
     def _undo(self):
         (self._restore if self._swapped else self.apply_mask)()
-        self._swapped, self._seen = False, self._versions()
+        self._swapped, self._depth, self._seen = False, 0, self._versions()
 
     # What a method overrides
     def _resync(self): self.apply_mask()                                  # someone else wrote the weights
@@ -194,14 +200,16 @@ class Pruner:
     def _after(self): torch._foreach_mul_(self.params, self._masks)       # it has moved
     def _advance(self): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #987e576e
+# %% ../nbs/03_pruner.ipynb #eb8b0235
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
     model:nn.Module|None=None, # Another model with the same parameters, such as an average of weights; None: this one
 ):
     "Zeroes the absent weights"
-    params = self.params if model is None else [dict(model.named_parameters(remove_duplicate=False))[n] for n in self.names]
+    plain = lambda name: name.replace('_orig_mod.', '').removeprefix('module.')         # what compiled models and averages put before names
+    own = {} if model is None else {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    params = self.params if model is None else [own[plain(n)] for n in self.names]
     torch._foreach_mul_(params, self._masks)
 
 @patch(as_prop=True)
@@ -222,7 +230,7 @@ def density(self:Pruner)->float:
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #cefc25e5
+# %% ../nbs/03_pruner.ipynb #0c096dbd
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
@@ -255,7 +263,7 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #b5ecc180
+# %% ../nbs/03_pruner.ipynb #7427cb71
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
@@ -275,7 +283,7 @@ def load_state_dict(self:Pruner, state:dict):
 @patch
 def _load(self:Pruner, state): self.apply_mask()
 
-# %% ../nbs/03_pruner.ipynb #63713e4b
+# %% ../nbs/03_pruner.ipynb #0e46e10f
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -296,6 +304,12 @@ class Settings:
     eps:float|None = None                       # Adam's eps for presences; None: 1e-8/d, so that network size does not matter
     exact:bool = True                           # land on the target to the single weight
 
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high: raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={self.low}, high={self.high}")
+        if not (0 < self.prune <= 1 and 0 <= self.settle <= 1 - self.prune + 1e-9):
+            raise ValueError(f"prune and settle are shares of the run with 0 < prune and prune + settle <= 1: got prune={self.prune}, settle={self.settle}")
+        if not 0 < self.dip <= 1: raise ValueError(f"dip is a share of the target density in (0, 1]: got {self.dip}")
+
 def authors(
     epochs:int, # Pruning epochs K: the controller acts once in each
     regrow:int, # Regrowth epochs after them
@@ -309,7 +323,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03_pruner.ipynb #a8c4ce1b
+# %% ../nbs/03_pruner.ipynb #a587c876
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -318,12 +332,10 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03_pruner.ipynb #d8485ab2
+# %% ../nbs/03_pruner.ipynb #dd7e2535
 def _stages(S, steps):
     "The steps at which regrowth begins and at which topology is fixed"
     _check_steps(steps)
-    if not (0 < S.prune <= 1 and 0 <= S.settle <= 1 - S.prune + 1e-9):
-        raise ValueError(f"prune and settle are shares of the run with 0 < prune and prune + settle <= 1: got prune={S.prune}, settle={S.settle}")
     end = round(S.prune*steps)
     return end, max(end, round((1 - S.settle)*steps))
 
@@ -349,14 +361,14 @@ class Hyperflux(Pruner):
         self.lr = presence_lr(self._prune_end, S.travel, S.high) if S.lr is None else S.lr
         check_reach(self._prune_end, self.lr, S.high)
         if sparsity is not None: S.trajectory(1., S.dip*(1 - check_sparsity(sparsity)))   # a plan that cannot get there says so now
-        super().__init__(model, optimizer, sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)
         self.controller, self.landed, self.history = S.controller(), False, []
         self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
         self.gamma = self._pressure(0.) if self._pressure else self.controller.first
+        super().__init__(model, optimizer, sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)   # whatever can be refused has been
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03_pruner.ipynb #e0c71224
+# %% ../nbs/03_pruner.ipynb #272f8ad7
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -370,10 +382,10 @@ def _make_gates(self:Hyperflux, seed, compile):
     for t, m, v in zip(self._presences, *map(self._views, self._moments)):
         self.adam.state[t] = dict(step=torch.zeros((), device=self.device if fused else 'cpu'), exp_avg=m, exp_avg_sq=v)
     self._missing, self._skip, self._count = [], None, 0              # _count: presence steps so far; None once gates differ in theirs
-    self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=False) if compile else None
+    self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03_pruner.ipynb #0591af97
+# %% ../nbs/03_pruner.ipynb #6a9d63b7
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -383,13 +395,14 @@ def _before(self:Hyperflux, grads):
     if not self.frozen:
         self._skip, scale = (getattr(self.optimizer, a, None) for a in ('found_inf', 'grad_scale'))
         if present: torch._foreach_copy_(have(self._pulls), present)
+        for i in self._missing: self._pulls[i].zero_()
         self._pull.mul_(self.value)                                             # s = ω·g
         if scale is not None: self._pull.div_(scale)
         torch._foreach_copy_(self.params, self._values)                         # p ← ω
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03_pruner.ipynb #3ff46a4d
+# %% ../nbs/03_pruner.ipynb #24135b13
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -400,6 +413,7 @@ def _after(self:Hyperflux):
 @patch
 def _move_presences(self:Hyperflux):
     if self.meter: before, flux = self.mask.clone(), self._pull*-self.settings.slope
+    if self.meter and self._skip is not None: flux.masked_fill_(self._skip.bool(), 0.)   # a skipped step has no flux
     if self._missing or self._skip is not None: self._count = None              # from now on gates differ in their number of steps
     if self._compiled and self._count is not None: self._compiled_step()
     else: self._adam_step()
@@ -423,10 +437,14 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
 
-# %% ../nbs/03_pruner.ipynb #aa894d60
+# %% ../nbs/03_pruner.ipynb #adeabe93
+@patch
+def _adopt(self:Hyperflux):
+    for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
+
 @patch
 def _resync(self:Hyperflux):
-    for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
+    self._adopt()
     self.apply_mask()
 
 @patch
@@ -434,7 +452,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03_pruner.ipynb #9718f982
+# %% ../nbs/03_pruner.ipynb #965f0a57
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -444,7 +462,7 @@ def stage(self:Hyperflux)->str:
 @patch(as_prop=True)
 def frozen(self:Hyperflux)->bool:
     "Whether the topology is fixed"
-    return self.landed or self.step >= self.steps
+    return self.landed or self.step >= self._settle_at
 
 @patch(as_prop=True)
 def planned(self:Hyperflux)->float|None:
@@ -456,7 +474,7 @@ def planned(self:Hyperflux)->float|None:
 @patch
 def _advance(self:Hyperflux):
     if self.step == self.steps + 1:
-        warnings.warn(f"step {self.step} of {self.steps} announced: the topology stays as it is; for more pruning, say so with a larger steps=", stacklevel=5)
+        warnings.warn(f"step {self.step} of {self.steps} announced: the topology stays as it is; for more pruning, say so with a larger steps=", stacklevel=6)
     if self.step > max(self._settle_at, self._prune_end) and self.frozen: return
     due = lambda step: step*self.settings.updates//self.steps
     if due(self.step) > due(self.step - 1) or self.step == self._prune_end: self._steer()
@@ -490,11 +508,11 @@ def land(self:Hyperflux):
     self._restore()
     self.landed = True
 
-# %% ../nbs/03_pruner.ipynb #77a09cd4
+# %% ../nbs/03_pruner.ipynb #f88034b4
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
-    with torch.no_grad(): self._resync()                                        # once landed, ω is not kept up to date at every step
+    with torch.no_grad(): self._adopt()                                        # once landed, ω is not kept up to date at every step
     return dict(Pruner.state_dict(self), presence=self.presence, value=self.value, moments=list(self._moments), count=self._count,
                 counts=[self.adam.state[t]['step'].item() for t in self._presences], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,
                 landed=self.landed, history=list(self.history), controller=self.controller.state_dict(), meter=self.meter and self.meter.state_dict())

@@ -613,6 +613,7 @@ def test_detach():
     train(model, opt)
     p.detach()
     assert torch.equal(flat(p.params), p.value*p.mask) and opt.step.__func__ is type(opt).step
+    assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
     twin = copy.deepcopy(model)
     plain = sgd(twin)
     plain.load_state_dict(copy.deepcopy(opt.state_dict()))

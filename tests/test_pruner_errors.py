@@ -100,8 +100,8 @@ def test_collected():
     finally: gc.enable()
 
 
-@pytest.mark.parametrize('bad', [dict(settings=Settings(low=.6)), dict(pressure=lambda q: 1/q), dict(settings=Settings(controller=lambda: 1/0))],
-                         ids=['presences', 'pressure', 'controller'])
+@pytest.mark.parametrize('bad', [dict(targets="nowhere"), dict(pressure=lambda q: 1/q), dict(settings=Settings(controller=lambda: 1/0))],
+                         ids=['targets', 'pressure', 'controller'])
 def test_refused_leaves_no_trace(bad):
     "After a refusal, model and optimiser are as before, and a second try with better arguments works"
     model = mlp()
