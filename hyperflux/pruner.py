@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'Pruner', 'density_table', 'Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03_pruner.ipynb #80031421
+# %% ../nbs/03_pruner.ipynb #13588049
 import difflib, functools, gc, math, re, types, warnings, weakref
 from dataclasses import dataclass
 from typing import Callable
@@ -15,11 +15,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from .gates import initial_presence
-from .flux import FluxMeter
+from .flux import FluxMeter, format_table
 from .pressure import (AuthorsController, LogController, authors_trajectory, check_reach, check_sparsity, early,
                                 land_, presence_lr)
 
-# %% ../nbs/03_pruner.ipynb #40d31506
+# %% ../nbs/03_pruner.ipynb #a9f51330
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
@@ -35,7 +35,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #1250b0b6
+# %% ../nbs/03_pruner.ipynb #638c5d36
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -74,7 +74,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #2faa9cd8
+# %% ../nbs/03_pruner.ipynb #1f15ffd1
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -88,7 +88,7 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #f3954233
+# %% ../nbs/03_pruner.ipynb #10d4948c
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
@@ -107,7 +107,7 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #fd1867f7
+# %% ../nbs/03_pruner.ipynb #e4b04124
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
 
 def _check_steps(steps):
@@ -200,7 +200,7 @@ class Pruner:
     def _after(self): torch._foreach_mul_(self.params, self._masks)       # it has moved
     def _advance(self): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #eb8b0235
+# %% ../nbs/03_pruner.ipynb #2be5e8ee
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
@@ -230,17 +230,14 @@ def density(self:Pruner)->float:
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #0c096dbd
+# %% ../nbs/03_pruner.ipynb #0aedf9fb
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
 )->str:
     "Layers, their shapes and what is left of them, for a terminal or a notebook"
-    cells = [('layer', 'shape', 'weights', 'left', 'density')]
-    cells += [(r['layer'], '×'.join(map(str, r['shape'])), f"{r['weights']:,}", f"{r['left']:,}", f"{r['density']:.2%}") for r in rows]
-    if markdown: return '\n'.join('| '+' | '.join(row)+' |' for row in [cells[0], ('---', '---', '---:', '---:', '---:'), *cells[1:]])
-    width = [max(map(len, col)) for col in zip(*cells)]
-    return '\n'.join('  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+    cells = [[r['layer'], '×'.join(map(str, r['shape'])), f"{r['weights']:,}", f"{r['left']:,}", f"{r['density']:.2%}"] for r in rows]
+    return format_table(['layer', 'shape', 'weights', 'left', 'density'], cells, left=2, markdown=markdown)
 
 @patch
 def layers(self:Pruner)->list[dict]: # layer, shape, weights, left, density; the total in the last row
@@ -263,7 +260,7 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #7427cb71
+# %% ../nbs/03_pruner.ipynb #188dd613
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
@@ -283,7 +280,7 @@ def load_state_dict(self:Pruner, state:dict):
 @patch
 def _load(self:Pruner, state): self.apply_mask()
 
-# %% ../nbs/03_pruner.ipynb #0e46e10f
+# %% ../nbs/03_pruner.ipynb #0f9c6147
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -323,7 +320,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03_pruner.ipynb #a587c876
+# %% ../nbs/03_pruner.ipynb #43dd26d3
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -332,7 +329,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03_pruner.ipynb #dd7e2535
+# %% ../nbs/03_pruner.ipynb #bdba4ff5
 def _stages(S, steps):
     "The steps at which regrowth begins and at which topology is fixed"
     _check_steps(steps)
@@ -368,7 +365,7 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03_pruner.ipynb #272f8ad7
+# %% ../nbs/03_pruner.ipynb #3feb5e62
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -385,7 +382,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03_pruner.ipynb #6a9d63b7
+# %% ../nbs/03_pruner.ipynb #91734cf4
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -402,7 +399,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03_pruner.ipynb #24135b13
+# %% ../nbs/03_pruner.ipynb #83dc2143
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -437,7 +434,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
 
-# %% ../nbs/03_pruner.ipynb #adeabe93
+# %% ../nbs/03_pruner.ipynb #31162b78
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -452,7 +449,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03_pruner.ipynb #965f0a57
+# %% ../nbs/03_pruner.ipynb #5bdfb2cf
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -508,7 +505,7 @@ def land(self:Hyperflux):
     self._restore()
     self.landed = True
 
-# %% ../nbs/03_pruner.ipynb #f88034b4
+# %% ../nbs/03_pruner.ipynb #419385ff
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"

@@ -6,7 +6,7 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #b24a0958
+# %% ../nbs/06_train.ipynb #cbf43792
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .models import make_model
 from .pressure import check_sparsity
 from .pruner import Hyperflux, Settings, authors, density_table
 
-# %% ../nbs/06_train.ipynb #a1b4f048
+# %% ../nbs/06_train.ipynb #fadf6e68
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -62,7 +62,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #f22742ce
+# %% ../nbs/06_train.ipynb #315deaba
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -72,7 +72,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #87cce8db
+# %% ../nbs/06_train.ipynb #509be785
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -88,7 +88,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #282f4861
+# %% ../nbs/06_train.ipynb #110b71b4
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -141,7 +141,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #0d1fedef
+# %% ../nbs/06_train.ipynb #12cf91c4
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -188,7 +188,7 @@ def fit(
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #8d0a8152
+# %% ../nbs/06_train.ipynb #597e2da0
 def _bar(it, progress):
     "The epochs, with a progress bar if it is wanted"
     if not progress: return _Quiet(it)
@@ -226,7 +226,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #3bf5e41d
+# %% ../nbs/06_train.ipynb #e579af95
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -256,7 +256,7 @@ def summary_text(
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #0b225e65
+# %% ../nbs/06_train.ipynb #8c612edb
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -287,7 +287,7 @@ def plot_run(
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #184fa116
+# %% ../nbs/06_train.ipynb #44eb9c8e
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)

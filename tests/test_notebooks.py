@@ -18,11 +18,20 @@ def run(*args, cwd):
     return res.stdout
 
 
-@each_notebook
-def test_runs_and_a_second_run_changes_nothing(path, checkout):
+def rerun(path, checkout):
+    "The notebook's text after a run from top to bottom, outputs saved and cleaned"
     run('nbdev-test', path, '--save', '--n-workers', '0', cwd=checkout)
     run('nbdev-clean', '--fname', path, cwd=checkout)
-    assert (checkout/path).read_text() == (root/path).read_text(), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
+    return (checkout/path).read_text()
+
+
+@each_notebook
+def test_runs_and_a_second_run_changes_nothing(path, checkout):
+    first = rerun(path, checkout)
+    if first == (root/path).read_text(): return
+    # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with itself.
+    assert not os.environ.get('HYPERFLUX_STRICT'), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
+    assert rerun(path, checkout) == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
 
 
 def code_cells(path): return [c for c in read_nb(root/path).cells if c.cell_type == 'code']
@@ -51,8 +60,13 @@ def test_package_is_in_step_with_notebooks(checkout, tmp_path):
     assert not differing, f'{differing} differ from what the notebooks export: run nbdev-export'
 
 
-@pytest.mark.skipif(not (root/'nbs/00_gates.ipynb').exists(), reason='no 00_gates yet')
 def test_runs_in_a_jupyter_kernel(tmp_path):
     shutil.copy2(root/'nbs/00_gates.ipynb', tmp_path)
     run('jupyter', 'execute', '--inplace', '--kernel_name=python3', tmp_path/'00_gates.ipynb', cwd=root)
     assert any(c.get('execution_count') for c in read_nb(tmp_path/'00_gates.ipynb').cells)
+
+
+def test_readme_is_in_step_with_the_index():
+    sys.path.insert(0, str(root/'tools'))
+    from readme import readme
+    assert readme() == (root/'README.md').read_text(), 'README.md is made from nbs/index.ipynb: python tools/readme.py'
