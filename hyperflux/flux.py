@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['flux', 'FluxMeter', 'format_table', 'plot_flux']
 
-# %% ../nbs/01_flux.ipynb #e4dd30eb
+# %% ../nbs/01_flux.ipynb #3bd4f0cd
 import math, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../nbs/01_flux.ipynb #253c4a56
+# %% ../nbs/01_flux.ipynb #7e321830
 def flux(
     weight:Tensor, # ω, the kept values of the weights, of absent ones too; any shape
     grad:Tensor, # g = ∂L/∂θ at the θ the network computed with, of the same shape
@@ -20,7 +20,7 @@ def flux(
     if weight.shape != grad.shape: raise ValueError(f"a flux needs one gradient per weight: got {tuple(weight.shape)} and {tuple(grad.shape)}")
     return weight*grad*-slope
 
-# %% ../nbs/01_flux.ipynb #a8e55291
+# %% ../nbs/01_flux.ipynb #43baef19
 class FluxMeter:
     "Mean flux, births and deaths of every weight since the last reset; all weights in one flat vector, layer after layer"
     def __init__(self,
@@ -59,7 +59,7 @@ class FluxMeter:
         for v in (self.total, self.births, self.deaths): v.zero_()
         self.updates = 0
 
-# %% ../nbs/01_flux.ipynb #8475dfc3
+# %% ../nbs/01_flux.ipynb #fb6def1b
 @patch(as_prop=True)
 def mean(self:FluxMeter)->Tensor: # [d]
     "Mean flux of each weight over the steps since the last reset"
@@ -105,7 +105,7 @@ def histogram(self:FluxMeter,
     return dict(edges=[10**(lo + (hi - lo)*i/bins) for i in range(bins + 1)], present=count(mask), absent=count(~mask),
         zero_present=(zero & mask).sum().item(), zero_absent=(zero & ~mask).sum().item())
 
-# %% ../nbs/01_flux.ipynb #acecf9d2
+# %% ../nbs/01_flux.ipynb #658a9121
 @patch(as_prop=True)
 def bytes_per_weight(self:FluxMeter)->int:
     "Memory for each weight: the sum of flux, births, deaths and the mask"
@@ -121,7 +121,7 @@ def load_state_dict(self:FluxMeter, state:dict):
     for k in ('total', 'births', 'deaths', 'mask'): getattr(self, k).copy_(state[k])
     self.updates = state['updates']
 
-# %% ../nbs/01_flux.ipynb #a587945d
+# %% ../nbs/01_flux.ipynb #a6100e01
 def format_table(
     head:list[str], # Column titles
     rows:list[list[str]], # Cells, one list a row
@@ -149,7 +149,7 @@ def __repr__(self:FluxMeter): return self.text()
 @patch
 def _repr_markdown_(self:FluxMeter): return self.text(markdown=True)
 
-# %% ../nbs/01_flux.ipynb #3c44a983
+# %% ../nbs/01_flux.ipynb #7c234e00
 def plot_flux(
     hist:dict, # From `FluxMeter.histogram`
     ax=None, # Where to draw; a new figure if not given

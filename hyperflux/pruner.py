@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'Pruner', 'density_table', 'Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03_pruner.ipynb #13588049
+# %% ../nbs/03_pruner.ipynb #4bee3cf3
 import difflib, functools, gc, math, re, types, warnings, weakref
 from dataclasses import dataclass
 from typing import Callable
@@ -19,14 +19,14 @@ from .flux import FluxMeter, format_table
 from .pressure import (AuthorsController, LogController, authors_trajectory, check_reach, check_sparsity, early,
                                 land_, presence_lr)
 
-# %% ../nbs/03_pruner.ipynb #a9f51330
+# %% ../nbs/03_pruner.ipynb #9f74c6f4
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
 def prunable(
     model:nn.Module,
 )->dict[str, nn.Parameter]: # Name → weight; a shared tensor once, under its first name
-    "The weights pruned by default: of Linear, Conv*, ConvTranspose* and MultiheadAttention, unless frozen"
+    "The weights pruned by default: of linear, convolution and attention layers, unless frozen"
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     found = {}
     for prefix, m in model.named_modules():
@@ -35,7 +35,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #638c5d36
+# %% ../nbs/03_pruner.ipynb #28b18a49
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -74,7 +74,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #1f15ffd1
+# %% ../nbs/03_pruner.ipynb #cd0f345d
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -88,7 +88,7 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #10d4948c
+# %% ../nbs/03_pruner.ipynb #215b12c1
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
@@ -107,7 +107,7 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #e4b04124
+# %% ../nbs/03_pruner.ipynb #9e00ce8f
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
 
 def _check_steps(steps):
@@ -200,7 +200,7 @@ class Pruner:
     def _after(self): torch._foreach_mul_(self.params, self._masks)       # it has moved
     def _advance(self): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #2be5e8ee
+# %% ../nbs/03_pruner.ipynb #842a4e72
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
@@ -230,7 +230,7 @@ def density(self:Pruner)->float:
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #0aedf9fb
+# %% ../nbs/03_pruner.ipynb #9fd4544c
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
@@ -260,7 +260,7 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #188dd613
+# %% ../nbs/03_pruner.ipynb #d63d043b
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
@@ -280,7 +280,7 @@ def load_state_dict(self:Pruner, state:dict):
 @patch
 def _load(self:Pruner, state): self.apply_mask()
 
-# %% ../nbs/03_pruner.ipynb #0f9c6147
+# %% ../nbs/03_pruner.ipynb #fa51094b
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -307,6 +307,18 @@ class Settings:
             raise ValueError(f"prune and settle are shares of the run with 0 < prune and prune + settle <= 1: got prune={self.prune}, settle={self.settle}")
         if not 0 < self.dip <= 1: raise ValueError(f"dip is a share of the target density in (0, 1]: got {self.dip}")
 
+    def plan(self,
+        steps:int, # Optimiser steps in all
+        sparsity:float|None=None, # The target, if there is one
+    )->tuple[int, int, float]: # Step at which regrowth begins, at which topology is fixed, presences' learning rate; ValueError if it cannot work
+        "What these settings mean for a run of that length, before any of it is run"
+        _check_steps(steps)
+        end = round(self.prune*steps)
+        lr = presence_lr(end, self.travel, self.high) if self.lr is None else self.lr
+        check_reach(end, lr, self.high)
+        if sparsity is not None: self.trajectory(1., self.dip*(1 - check_sparsity(sparsity)))    # a plan that cannot get there says so
+        return end, max(end, round((1 - self.settle)*steps)), lr
+
 def authors(
     epochs:int, # Pruning epochs K: the controller acts once in each
     regrow:int, # Regrowth epochs after them
@@ -320,7 +332,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03_pruner.ipynb #43dd26d3
+# %% ../nbs/03_pruner.ipynb #15382fb4
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -329,13 +341,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03_pruner.ipynb #bdba4ff5
-def _stages(S, steps):
-    "The steps at which regrowth begins and at which topology is fixed"
-    _check_steps(steps)
-    end = round(S.prune*steps)
-    return end, max(end, round((1 - S.settle)*steps))
-
+# %% ../nbs/03_pruner.ipynb #a9a0eb38
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -354,10 +360,7 @@ class Hyperflux(Pruner):
     ):
         if sparsity is None and pressure is None: raise ValueError("say where to go: sparsity= (a fraction) or pressure= (a number or a function of progress)")
         self.settings = S = settings
-        self._prune_end, self._settle_at = _stages(S, steps)
-        self.lr = presence_lr(self._prune_end, S.travel, S.high) if S.lr is None else S.lr
-        check_reach(self._prune_end, self.lr, S.high)
-        if sparsity is not None: S.trajectory(1., S.dip*(1 - check_sparsity(sparsity)))   # a plan that cannot get there says so now
+        self._prune_end, self._settle_at, self.lr = S.plan(steps, sparsity)
         self.controller, self.landed, self.history = S.controller(), False, []
         self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
         self.gamma = self._pressure(0.) if self._pressure else self.controller.first
@@ -365,7 +368,7 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03_pruner.ipynb #3feb5e62
+# %% ../nbs/03_pruner.ipynb #d973959e
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -382,7 +385,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03_pruner.ipynb #91734cf4
+# %% ../nbs/03_pruner.ipynb #2b65f6c3
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -399,7 +402,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03_pruner.ipynb #83dc2143
+# %% ../nbs/03_pruner.ipynb #7c6f0a5c
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -434,7 +437,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
 
-# %% ../nbs/03_pruner.ipynb #31162b78
+# %% ../nbs/03_pruner.ipynb #307411d0
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -449,7 +452,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03_pruner.ipynb #5bdfb2cf
+# %% ../nbs/03_pruner.ipynb #15e3f6a5
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -505,7 +508,7 @@ def land(self:Hyperflux):
     self._restore()
     self.landed = True
 
-# %% ../nbs/03_pruner.ipynb #419385ff
+# %% ../nbs/03_pruner.ipynb #1747ec5e
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
@@ -519,7 +522,7 @@ def _load(self:Hyperflux, state):
     for mine, theirs in zip((self.presence, self.value, *self._moments), (state['presence'], state['value'], *state['moments'])): mine.copy_(theirs)
     for t, n in zip(self._presences, state['counts']): self.adam.state[t]['step'].fill_(n)
     self._count, self.gamma, self.landed, self.history = state['count'], state['gamma'], state['landed'], list(state['history'])
-    self._prune_end, self._settle_at = _stages(self.settings, self.steps)
+    self._prune_end, self._settle_at, _ = self.settings.plan(self.steps)
     self.adam.param_groups[0]['lr'] = state['lr']
     self.controller.load_state_dict(state['controller'])
     if self.meter and state['meter']: self.meter.load_state_dict(state['meter'])

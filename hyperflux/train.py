@@ -6,7 +6,7 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #cbf43792
+# %% ../nbs/06_train.ipynb #1f38f1bb
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from .data import Data, load_data
 from .flux import plot_flux
 from .models import make_model
 from .pressure import check_sparsity
-from .pruner import Hyperflux, Settings, authors, density_table
+from .pruner import Hyperflux, Settings, authors, density_table, select
 
-# %% ../nbs/06_train.ipynb #fadf6e68
+# %% ../nbs/06_train.ipynb #10c2042f
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -62,7 +62,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #315deaba
+# %% ../nbs/06_train.ipynb #2430e6d8
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -72,7 +72,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #509be785
+# %% ../nbs/06_train.ipynb #46b4e0e2
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -88,7 +88,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #110b71b4
+# %% ../nbs/06_train.ipynb #18fd0391
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -97,6 +97,8 @@ class Run:
         self.model = make_model(config.model, data.n_classes, data.in_shape).to(self.device)
         self.train_loader = data.loader('train', config.batch_size, device=self.device, seed=config.seed)
         self.test_loader = data.loader('valid' if config.valid else 'test', 1000, device=self.device)
+        self.steps = (config.prune_epochs + config.regrow_epochs)*len(self.train_loader)
+        select(self.model); config.settings().plan(self.steps, config.sparsity)          # what cannot be pruned says so before it is trained
         self.pruner, self.epoch, self.history, self.seconds, self.flux = None, 0, [], 0., None
         self.dense_accuracy = None
         self._new_optimizer()
@@ -107,8 +109,7 @@ class Run:
         "A fresh optimiser, and the one added line"
         c = self.config
         self._new_optimizer()
-        self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=(c.prune_epochs + c.regrow_epochs)*len(self.train_loader),
-                                settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
+        self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=self.steps, settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
 
     @property
     def stage(self)->str: return self.pruner.stage if self.pruner else 'dense'
@@ -141,7 +142,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #12cf91c4
+# %% ../nbs/06_train.ipynb #a2b455ea
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -188,7 +189,7 @@ def fit(
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #597e2da0
+# %% ../nbs/06_train.ipynb #592d52e8
 def _bar(it, progress):
     "The epochs, with a progress bar if it is wanted"
     if not progress: return _Quiet(it)
@@ -226,7 +227,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #e579af95
+# %% ../nbs/06_train.ipynb #c81c7c5f
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -256,7 +257,7 @@ def summary_text(
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #8c612edb
+# %% ../nbs/06_train.ipynb #546d80db
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -287,7 +288,7 @@ def plot_run(
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #44eb9c8e
+# %% ../nbs/06_train.ipynb #fc0fcb31
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)
