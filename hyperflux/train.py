@@ -6,7 +6,7 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #1f38f1bb
+# %% ../nbs/06_train.ipynb #5ae40d2b
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .models import make_model
 from .pressure import check_sparsity
 from .pruner import Hyperflux, Settings, authors, density_table, select
 
-# %% ../nbs/06_train.ipynb #10c2042f
+# %% ../nbs/06_train.ipynb #7adfae49
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -62,7 +62,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #2430e6d8
+# %% ../nbs/06_train.ipynb #a5a61d9d
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -72,7 +72,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #46b4e0e2
+# %% ../nbs/06_train.ipynb #2833fa13
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -88,7 +88,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #18fd0391
+# %% ../nbs/06_train.ipynb #6a8c1a5c
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -142,7 +142,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #a2b455ea
+# %% ../nbs/06_train.ipynb #c6950ae7
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -189,7 +189,7 @@ def fit(
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #592d52e8
+# %% ../nbs/06_train.ipynb #debfe2d5
 def _bar(it, progress):
     "The epochs, with a progress bar if it is wanted"
     if not progress: return _Quiet(it)
@@ -227,7 +227,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #c81c7c5f
+# %% ../nbs/06_train.ipynb #3dde737b
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -257,7 +257,7 @@ def summary_text(
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #546d80db
+# %% ../nbs/06_train.ipynb #d05d22a5
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -276,9 +276,10 @@ def plot_run(
         twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
         b.plot(es, get('accuracy'), 'C2'); b.set(xlabel='epoch', ylabel='accuracy (%)')
         best = max(get('accuracy')); b.set_ylim(max(0., best - 15), min(100., best + 2))
-        for ax in a, b:
-            for i, r in enumerate(history[1:], 1):
-                if r['stage'] != history[i-1]['stage']: ax.axvline(es[i-1], color='.85', lw=.8, zorder=0)
+        begins = {r['stage']: r['epoch'] - 1 for r in reversed(history)}
+        for stage, at in begins.items():
+            for ax in a, b: ax.axvline(at, color='.85', lw=.8, zorder=0)
+            b.text(at, b.get_ylim()[0], f' {stage}', color='.5', fontsize=8, va='bottom')
         rows = layers[:-1][::-1]
         c.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color='C0')
         for i, r in enumerate(rows): c.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=8)
@@ -288,7 +289,7 @@ def plot_run(
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #fc0fcb31
+# %% ../nbs/06_train.ipynb #28599683
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)
