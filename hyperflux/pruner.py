@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'Pruner', 'density_table', 'Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03_pruner.ipynb #4540c6ce
+# %% ../nbs/03_pruner.ipynb #95091b6d
 import difflib, functools, gc, math, re, types, warnings, weakref
 from dataclasses import dataclass
 from typing import Callable
@@ -19,7 +19,7 @@ from .flux import FluxMeter, format_table
 from .pressure import (AuthorsController, LogController, authors_trajectory, check_reach, check_sparsity, early,
                                 land_, presence_lr)
 
-# %% ../nbs/03_pruner.ipynb #82c7ac96
+# %% ../nbs/03_pruner.ipynb #e0d9668e
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
@@ -35,7 +35,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #ed768ba8
+# %% ../nbs/03_pruner.ipynb #2582e0ef
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -74,7 +74,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #1aeedeb1
+# %% ../nbs/03_pruner.ipynb #a3f96262
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -88,7 +88,7 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #78fa5a30
+# %% ../nbs/03_pruner.ipynb #174addea
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
@@ -107,7 +107,7 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #41d537b8
+# %% ../nbs/03_pruner.ipynb #05f5a3dc
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
 
 def _check_steps(steps):
@@ -200,7 +200,7 @@ class Pruner:
     def _after(self): torch._foreach_mul_(self.params, self._masks)       # it has moved
     def _advance(self): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #7899a928
+# %% ../nbs/03_pruner.ipynb #322a95b9
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
@@ -230,7 +230,7 @@ def density(self:Pruner)->float:
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #85800ae5
+# %% ../nbs/03_pruner.ipynb #f0e2a685
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
@@ -260,7 +260,7 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #cc5cb92a
+# %% ../nbs/03_pruner.ipynb #4069c9b4
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
@@ -280,7 +280,7 @@ def load_state_dict(self:Pruner, state:dict):
 @patch
 def _load(self:Pruner, state): self.apply_mask()
 
-# %% ../nbs/03_pruner.ipynb #b83de245
+# %% ../nbs/03_pruner.ipynb #b9bbd0f8
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -332,7 +332,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03_pruner.ipynb #ef3da499
+# %% ../nbs/03_pruner.ipynb #61d0e5a0
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -341,7 +341,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03_pruner.ipynb #7224c2ff
+# %% ../nbs/03_pruner.ipynb #a04a6983
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -368,7 +368,7 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03_pruner.ipynb #9f7cece5
+# %% ../nbs/03_pruner.ipynb #1108ec83
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -385,7 +385,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03_pruner.ipynb #e7779559
+# %% ../nbs/03_pruner.ipynb #ea28634d
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -402,7 +402,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03_pruner.ipynb #32af7328
+# %% ../nbs/03_pruner.ipynb #9a432244
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -437,7 +437,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
 
-# %% ../nbs/03_pruner.ipynb #ac4dcc96
+# %% ../nbs/03_pruner.ipynb #fc7dfc19
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -452,7 +452,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03_pruner.ipynb #94539b6c
+# %% ../nbs/03_pruner.ipynb #52ead0cc
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -510,7 +510,7 @@ def land(self:Hyperflux):
     self._restore()
     self.landed = True
 
-# %% ../nbs/03_pruner.ipynb #c7a32257
+# %% ../nbs/03_pruner.ipynb #51fd0bc4
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
