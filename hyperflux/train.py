@@ -6,7 +6,7 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #5ae40d2b
+# %% ../nbs/06_train.ipynb #4c0345b0
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .models import make_model
 from .pressure import check_sparsity
 from .pruner import Hyperflux, Settings, authors, density_table, select
 
-# %% ../nbs/06_train.ipynb #7adfae49
+# %% ../nbs/06_train.ipynb #539a4c7c
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -62,7 +62,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #a5a61d9d
+# %% ../nbs/06_train.ipynb #8cab6f87
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -72,7 +72,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #2833fa13
+# %% ../nbs/06_train.ipynb #571b68b3
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -88,7 +88,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #6a8c1a5c
+# %% ../nbs/06_train.ipynb #15aa2f9f
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -142,7 +142,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #c6950ae7
+# %% ../nbs/06_train.ipynb #97c801ab
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -189,7 +189,7 @@ def fit(
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #debfe2d5
+# %% ../nbs/06_train.ipynb #4435532b
 def _bar(it, progress):
     "The epochs, with a progress bar if it is wanted"
     if not progress: return _Quiet(it)
@@ -227,7 +227,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #3dde737b
+# %% ../nbs/06_train.ipynb #259f1112
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -257,7 +257,7 @@ def summary_text(
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #d05d22a5
+# %% ../nbs/06_train.ipynb #c9e9f453
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -289,12 +289,13 @@ def plot_run(
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #28599683
+# %% ../nbs/06_train.ipynb #f1cb3994
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)
     with open(folder/'history.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, run.history[-1].keys()); w.writeheader(); w.writerows(run.history)
+    with torch.no_grad(): torch._foreach_add_(run.pruner.params, 0.)      # a negative weight times 0 is -0.0: as +0.0 it compresses
     save_model(run.model, str(folder/'model.safetensors'))
     s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds)
     (folder/'summary.json').write_text(json.dumps(s, indent=2)+'\n')
