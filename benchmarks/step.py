@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from hyperflux.gates import Gated, initial_presence
 from hyperflux.models import lenet300
 from hyperflux.pressure import presence_lr
-from hyperflux.pruner import Hyperflux, Settings, prunable
+from hyperflux import Hyperflux, Settings, prunable
 
 from .common import fresh_process, interleave, peak, provenance, ratios, stats, table, write_json
 
@@ -115,7 +115,7 @@ def all_memory(model, ways, device, n):
     if device.type != 'cpu': return {a[1]: memory(*a) for a in args}
     found = {}
     for a in args:                                                      # a pool each: a process that has worked is not fresh
-        with ProcessPoolExecutor(1, mp_context=fresh_process(['hyperflux.pruner', 'torchvision'])) as pool: found[a[1]] = pool.submit(memory, *a).result()
+        with ProcessPoolExecutor(1, mp_context=fresh_process(['hyperflux', 'torchvision'])) as pool: found[a[1]] = pool.submit(memory, *a).result()
     return found
 
 

@@ -4,4 +4,5 @@ from importlib.metadata import PackageNotFoundError as _Missing, version as _ver
 try: __version__ = _version('hyperflux')    # from settings.ini, by way of the installed metadata
 except _Missing: __version__ = '0+checkout'  # run from a checkout that is not installed
 
-from hyperflux.pruner import Hyperflux, Pruner, Settings, authors, prunable, select  # noqa: E402, F401
+from hyperflux.hyperflux import Hyperflux, Settings, authors  # noqa: E402, F401
+from hyperflux.pruner import Pruner, prunable, select  # noqa: E402, F401

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'prune', 'main']
 
-# %% ../nbs/10_cli.ipynb #9592baa5
+# %% ../nbs/10_cli.ipynb #8829c310
 import dataclasses, inspect, json, os, shutil, sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .data import load_data
 from .models import make_model
 from .train import Config, fit, summary_text
 
-# %% ../nbs/10_cli.ipynb #2e211b3c
+# %% ../nbs/10_cli.ipynb #849f7f9f
 def choose_device(
     name:str='auto', # auto, cpu, cuda, cuda:1, mps …
 )->torch.device: # ValueError if there is no such device here
@@ -28,7 +28,7 @@ def choose_device(
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); there is cpu" + (" and cuda" if torch.cuda.is_available() else "")) from e
     return torch.device(name)
 
-# %% ../nbs/10_cli.ipynb #e6ed56f6
+# %% ../nbs/10_cli.ipynb #d95bcad6
 def prune(
     sparsity:float=.98, # Fraction of the prunable weights to remove, in [0, 1)
     model:str='lenet300', # lenet300, lenet5, or package.module:function for your own
@@ -72,7 +72,7 @@ def prune(
         raise SystemExit(130)
     print('\n' + summary_text(json.loads((folder/'summary.json').read_text())) + f"\n\nwritten to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
-# %% ../nbs/10_cli.ipynb #809653e8
+# %% ../nbs/10_cli.ipynb #45182304
 def _split(epochs):
     "Divides all epochs 1:2:2 among dense training, pruning and regrowth"
     if epochs < 3: raise ValueError(f"--epochs divides among three stages: got {epochs}, expected 3 or more")
@@ -94,7 +94,7 @@ def _command(folder):
     if (folder/'checkpoint.pt').is_file(): rest.append('--resume')
     return ' '.join(['hyperflux', 'prune', *rest])
 
-# %% ../nbs/10_cli.ipynb #9a603708
+# %% ../nbs/10_cli.ipynb #29bb1c30
 _USAGE = """usage: hyperflux COMMAND [options]
 
   hyperflux prune     train a network, prune it to an exact sparsity, write a run folder
@@ -111,6 +111,6 @@ def main():
     command = commands[args[0]]
     given = vars(anno_parser(command, prog=f'hyperflux {args[0]}').parse_args(args[1:]))
     try: command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError, FloatingPointError) as e:
         if os.environ.get('HYPERFLUX_DEBUG'): raise
         raise SystemExit(f"hyperflux: {e}\n(HYPERFLUX_DEBUG=1 shows where)") from None

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Heaviside', 'heaviside', 'initial_presence', 'Gate', 'Gated']
 
-# %% ../nbs/00_gates.ipynb #73010501
+# %% ../nbs/00_gates.ipynb #6c7b01bb
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# %% ../nbs/00_gates.ipynb #25bf3b2e
+# %% ../nbs/00_gates.ipynb #d3e9f941
 class Heaviside(torch.autograd.Function):
     "The step H(t) on the way forward; the slope of a straight line on the way back"
     @staticmethod
@@ -28,7 +28,7 @@ def heaviside(
     "H(t), with the constant `slope` for a derivative"
     return Heaviside.apply(t, slope)
 
-# %% ../nbs/00_gates.ipynb #201fb534
+# %% ../nbs/00_gates.ipynb #0658c455
 def initial_presence(
     n:int, # How many weights
     low:float=.2, # The lowest first presence, above 0 so that all weights are present
@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     def forward(self, w:Tensor)->Tensor: return w*heaviside(self.presence, self.slope)
 
-# %% ../nbs/00_gates.ipynb #59db0479
+# %% ../nbs/00_gates.ipynb #84c84337
 class Gated(nn.Module):
     "Any network with gates in the graph on the named weights"
     def __init__(self,

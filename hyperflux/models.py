@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MODELS', 'lenet300', 'lenet5', 'make_model']
 
-# %% ../nbs/05_models.ipynb #cf792a65
+# %% ../nbs/05_models.ipynb #241b067f
 import difflib, importlib, os, sys
 from typing import Callable
 from torch import nn
 
-# %% ../nbs/05_models.ipynb #00922ef1
+# %% ../nbs/05_models.ipynb #23acdda6
 def lenet300(
     n_classes:int=10,
     in_shape:tuple=(1, 28, 28), # Channels, height, width
@@ -19,7 +19,7 @@ def lenet300(
     c, h, w = in_shape
     return nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_classes))
 
-# %% ../nbs/05_models.ipynb #4b8e1de6
+# %% ../nbs/05_models.ipynb #273cb421
 def lenet5(
     n_classes:int=10,
     in_shape:tuple=(1, 28, 28), # Channels, height, width; height and width at least 16
@@ -31,7 +31,7 @@ def lenet5(
     return nn.Sequential(nn.Conv2d(c, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
                          nn.Flatten(), nn.Linear(50*side(h)*side(w), 500), nn.ReLU(), nn.Linear(500, n_classes))
 
-# %% ../nbs/05_models.ipynb #82a33540
+# %% ../nbs/05_models.ipynb #ff250a56
 MODELS = {f.__name__: f for f in (lenet300, lenet5)}
 
 def make_model(

@@ -7,8 +7,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperflux import Hyperflux, Settings, authors, prunable
 from hyperflux.gates import Gated
-from hyperflux.pruner import Hyperflux, Settings, authors, prunable
+from hyperflux.pressure import LogController
 
 quick = Settings(prune=1., settle=0., lr=.01, low=0., high=.1)      # with pressure .03: 237 of 255 weights left after one step, 69 after ten
 staged = Settings(prune=.5, settle=.25, lr=.01, low=0., high=.1)
@@ -740,3 +741,13 @@ def test_past_the_end(settings, kw):
     assert [w.filename for w in caught] == [__file__]
     now = flat(p.params)
     assert torch.equal(p.mask, mask) and torch.equal(now != 0, mask > 0) and not torch.equal(now, theta)
+
+
+def test_refloats_before_the_network_is_empty():
+    "A controller that presses far too hard empties no network: one warning, back to the plan, and the landing is exact"
+    class Press(LogController):
+        def __call__(self, density, planned, progress): return 1e6
+    model, opt, p = start(pressure=None, sparsity=.9, steps=200, settings=Settings(controller=Press))
+    with pytest.warns(UserWarning, match='under half of the planned'): train(model, opt, 200)
+    assert sum(r['stage'] == 'refloated' for r in p.history) > 1
+    assert p.left == p.keep and min(r['density'] for r in p.history if r['stage'] == 'regrow') > 0

@@ -4,7 +4,7 @@ import gc
 import pytest, torch
 from torch import nn
 
-from hyperflux.pruner import Hyperflux, Settings, authors
+from hyperflux import Hyperflux, Settings, authors
 
 
 def mlp(): return nn.Sequential(nn.Linear(13, 11), nn.ReLU(), nn.Linear(11, 5))
