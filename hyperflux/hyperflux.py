@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03b_hyperflux.ipynb #2a5c34a7
+# %% ../nbs/03b_hyperflux.ipynb #5464049a
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -20,7 +20,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 land_, presence_lr)
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/03b_hyperflux.ipynb #580569f3
+# %% ../nbs/03b_hyperflux.ipynb #89ae6aab
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -72,7 +72,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03b_hyperflux.ipynb #42de132f
+# %% ../nbs/03b_hyperflux.ipynb #2cc1c8aa
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -81,7 +81,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03b_hyperflux.ipynb #bc0ab9bf
+# %% ../nbs/03b_hyperflux.ipynb #a69f2133
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -108,7 +108,7 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03b_hyperflux.ipynb #2ed6f831
+# %% ../nbs/03b_hyperflux.ipynb #9e3b9978
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -125,7 +125,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03b_hyperflux.ipynb #937efcc9
+# %% ../nbs/03b_hyperflux.ipynb #019e20d8
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -142,7 +142,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03b_hyperflux.ipynb #e6be01c3
+# %% ../nbs/03b_hyperflux.ipynb #430cac77
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -177,7 +177,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
 
-# %% ../nbs/03b_hyperflux.ipynb #a5caa894
+# %% ../nbs/03b_hyperflux.ipynb #64cf580f
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -192,7 +192,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03b_hyperflux.ipynb #afa488b5
+# %% ../nbs/03b_hyperflux.ipynb #8ce995b5
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -263,7 +263,7 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03b_hyperflux.ipynb #7d44c16e
+# %% ../nbs/03b_hyperflux.ipynb #409ac23c
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
