@@ -2,9 +2,9 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'hyperflux'},
   'syms': { 'hyperflux.cli': { 'hyperflux.cli._again': ('cli.html#_again', 'hyperflux/cli.py'),
+                               'hyperflux.cli._clear': ('cli.html#_clear', 'hyperflux/cli.py'),
                                'hyperflux.cli._command': ('cli.html#_command', 'hyperflux/cli.py'),
                                'hyperflux.cli._epochs_done': ('cli.html#_epochs_done', 'hyperflux/cli.py'),
-                               'hyperflux.cli._is_run': ('cli.html#_is_run', 'hyperflux/cli.py'),
                                'hyperflux.cli._split': ('cli.html#_split', 'hyperflux/cli.py'),
                                'hyperflux.cli.choose_device': ('cli.html#choose_device', 'hyperflux/cli.py'),
                                'hyperflux.cli.main': ('cli.html#main', 'hyperflux/cli.py'),

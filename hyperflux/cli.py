@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['choose_device', 'prune', 'main']
 
-# %% ../nbs/10_cli.ipynb #8829c310
-import dataclasses, inspect, json, os, shutil, sys
+# %% ../nbs/10_cli.ipynb #f1f320e5
+import dataclasses, inspect, json, os, shlex, sys
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from .data import load_data
 from .models import make_model
 from .train import Config, fit, summary_text
 
-# %% ../nbs/10_cli.ipynb #849f7f9f
+# %% ../nbs/10_cli.ipynb #010b6cab
 def choose_device(
     name:str='auto', # auto, cpu, cuda, cuda:1, mps …
 )->torch.device: # ValueError if there is no such device here
@@ -28,7 +28,7 @@ def choose_device(
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); there is cpu" + (" and cuda" if torch.cuda.is_available() else "")) from e
     return torch.device(name)
 
-# %% ../nbs/10_cli.ipynb #d95bcad6
+# %% ../nbs/10_cli.ipynb #ba274dae
 def prune(
     sparsity:float=.98, # Fraction of the prunable weights to remove, in [0, 1)
     model:str='lenet300', # lenet300, lenet5, or package.module:function for your own
@@ -60,9 +60,9 @@ def prune(
     config = Config(**{f.name: given[f.name] for f in dataclasses.fields(Config)})
     folder, device = Path(out or Path('runs')/config.name), choose_device(device)
     if (folder/'summary.json').is_file() and not overwrite: return _again(folder, config)
-    if overwrite and _is_run(folder): shutil.rmtree(folder)
     images = load_data(data, root, download, valid)
     small = sum(p.numel() for p in make_model(model, images.n_classes, images.in_shape).parameters()) < 1e6
+    if overwrite: _clear(folder)                                  # not before the data and the model are known to be there
     if threads or small: torch.set_num_threads(threads or 1)
     print(f"{config.name}\n{images}\ndevice {device}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}; results in {folder}\n", flush=True)
     try: run = fit(config, folder, resume=resume, device=device, compile=compile, progress=not quiet, data=images)
@@ -72,14 +72,17 @@ def prune(
         raise SystemExit(130)
     print('\n' + summary_text(json.loads((folder/'summary.json').read_text())) + f"\n\nwritten to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
-# %% ../nbs/10_cli.ipynb #45182304
+# %% ../nbs/10_cli.ipynb #5629a0dc
 def _split(epochs):
     "Divides all epochs 1:2:2 among dense training, pruning and regrowth"
     if epochs < 3: raise ValueError(f"--epochs divides among three stages: got {epochs}, expected 3 or more")
     dense, pruning = round(epochs/5), round(epochs*2/5)
     return max(dense, 1), pruning, epochs - max(dense, 1) - pruning
 
-def _is_run(folder): return folder.is_dir() and (folder/'config.json').is_file()
+def _clear(folder):
+    "Removes a run's own files, and no others"
+    for name in 'summary.json', 'checkpoint.pt', 'config.json', 'history.csv', 'model.safetensors', 'run.png': (folder/name).unlink(missing_ok=True)
+
 def _epochs_done(folder): return torch.load(folder/'checkpoint.pt', weights_only=True, map_location='cpu')['epoch']
 
 def _again(folder, config):
@@ -92,9 +95,9 @@ def _command(folder):
     "The command that goes on with this run"
     rest = [a for a in sys.argv[2:] if a not in ('--resume', '--overwrite')]
     if (folder/'checkpoint.pt').is_file(): rest.append('--resume')
-    return ' '.join(['hyperflux', 'prune', *rest])
+    return shlex.join(['hyperflux', 'prune', *rest])
 
-# %% ../nbs/10_cli.ipynb #29bb1c30
+# %% ../nbs/10_cli.ipynb #0f57bc8a
 _USAGE = """usage: hyperflux COMMAND [options]
 
   hyperflux prune     train a network, prune it to an exact sparsity, write a run folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03b_hyperflux.ipynb #5464049a
+# %% ../nbs/03b_hyperflux.ipynb #7ce74877
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -20,7 +20,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 land_, presence_lr)
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/03b_hyperflux.ipynb #89ae6aab
+# %% ../nbs/03b_hyperflux.ipynb #54b04f9c
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -65,6 +65,7 @@ def authors(
     task:str='lenet', # 'lenet', 'cifar' or 'imagenet'
 )->Settings:
     "The authors' behaviour, as in their public code: their trajectory and controller, no exact landing (arXiv 2504.05349)"
+    # the controller's step, regrowth's learning rate and its decay an epoch, and how far past the target pruning goes
     tasks = dict(lenet=(.3, 1e-4, .95, 1.), cifar=(.2, 1e-3, .75, .8), imagenet=(.15, 3e-3, .55, .85))
     if task not in tasks: raise ValueError(f"task is one of {', '.join(tasks)}: got {task!r}")
     step, regrow_lr, decay, dip = tasks[task]
@@ -72,7 +73,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03b_hyperflux.ipynb #2cc1c8aa
+# %% ../nbs/03b_hyperflux.ipynb #d043c055
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -81,7 +82,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03b_hyperflux.ipynb #a69f2133
+# %% ../nbs/03b_hyperflux.ipynb #083c2168
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -108,7 +109,7 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03b_hyperflux.ipynb #9e3b9978
+# %% ../nbs/03b_hyperflux.ipynb #b9a41200
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
@@ -119,13 +120,13 @@ def _make_gates(self:Hyperflux, seed, compile):
     for t, g in zip(self._presences, self._pulls): t.grad = g
     fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
     self.adam = torch.optim.Adam(self._presences, lr=self.lr, eps=1e-8/self.d if S.eps is None else S.eps, fused=fused)
-    for t, m, v in zip(self._presences, *map(self._views, self._moments)):
-        self.adam.state[t] = dict(step=torch.zeros((), device=self.device if fused else 'cpu'), exp_avg=m, exp_avg_sq=v)
+    self._steps = [torch.zeros((), device=self.device if fused else 'cpu') for _ in self._presences]
+    for t, n, m, v in zip(self._presences, self._steps, *map(self._views, self._moments)): self.adam.state[t] = dict(step=n, exp_avg=m, exp_avg_sq=v)
     self._missing, self._skip, self._count = [], None, 0              # _count: presence steps so far; None once gates differ in theirs
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03b_hyperflux.ipynb #019e20d8
+# %% ../nbs/03b_hyperflux.ipynb #4b2dbc47
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -142,7 +143,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03b_hyperflux.ipynb #430cac77
+# %% ../nbs/03b_hyperflux.ipynb #b7b03abf
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -175,9 +176,9 @@ def _compiled_step(self:Hyperflux):
     b1, b2 = group['betas']
     for s, x in zip(self._scalars, (self.gamma/self.d, group['lr']/(1 - b1**self._count), 1/(1 - b2**self._count))): s.fill_(x)
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
-    torch._foreach_add_([self.adam.state[t]['step'] for t in self._presences], 1)
+    torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03b_hyperflux.ipynb #64cf580f
+# %% ../nbs/03b_hyperflux.ipynb #3fb0f238
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -192,7 +193,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self.params, self._values)
     torch._foreach_mul_(self.params, self._masks)
 
-# %% ../nbs/03b_hyperflux.ipynb #8ce995b5
+# %% ../nbs/03b_hyperflux.ipynb #7c2f4255
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -215,7 +216,7 @@ def planned(self:Hyperflux)->float|None:
 def _advance(self:Hyperflux):
     if self.step == self.steps + 1:
         warnings.warn(f"step {self.step} of {self.steps} announced: the topology stays as it is; for more pruning, say so with a larger steps=", stacklevel=6)
-    if self.step > max(self._settle_at, self._prune_end) and self.frozen: return
+    if self.step > self._settle_at: return
     due = lambda step: step*self.settings.updates//self.steps
     if due(self.step) > due(self.step - 1) or self.step == self._prune_end: self._steer()
     if self.step == self._settle_at and self.settings.exact and self.sparsity is not None: self.land()
@@ -263,19 +264,19 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03b_hyperflux.ipynb #409ac23c
+# %% ../nbs/03b_hyperflux.ipynb #e773b16b
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
     with torch.no_grad(): self._adopt()                                        # once landed, ω is not kept up to date at every step
     return dict(Pruner.state_dict(self), presence=self.presence, value=self.value, moments=list(self._moments), count=self._count,
-                counts=[self.adam.state[t]['step'].item() for t in self._presences], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,
+                counts=[n.item() for n in self._steps], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,
                 landed=self.landed, history=list(self.history), controller=self.controller.state_dict(), meter=self.meter and self.meter.state_dict())
 
 @patch
 def _load(self:Hyperflux, state):
     for mine, theirs in zip((self.presence, self.value, *self._moments), (state['presence'], state['value'], *state['moments'])): mine.copy_(theirs)
-    for t, n in zip(self._presences, state['counts']): self.adam.state[t]['step'].fill_(n)
+    for mine, n in zip(self._steps, state['counts']): mine.fill_(n)
     self._count, self.gamma, self.landed, self.history = state['count'], state['gamma'], state['landed'], list(state['history'])
     self._prune_end, self._settle_at, _ = self.settings.plan(self.steps)
     self.adam.param_groups[0]['lr'] = state['lr']

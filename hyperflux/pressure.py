@@ -7,14 +7,14 @@ __all__ = ['MIN_STEPS', 'check_sparsity', 'constant', 'ramp', 'adam_damping', 'c
            'exponential', 'early', 'authors_trajectory', 'Plant', 'simulate', 'tracking_error', 'AuthorsController',
            'LogController', 'land_']
 
-# %% ../nbs/02_pressure.ipynb #08f2ce99
+# %% ../nbs/02_pressure.ipynb #1e3c1807
 import math, torch
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from torch import Tensor
 
-# %% ../nbs/02_pressure.ipynb #01188fce
+# %% ../nbs/02_pressure.ipynb #db6830f5
 def check_sparsity(
     s:float, # Sparsity, a fraction in [0, 1)
 )->float: # The same as a Python float
@@ -26,7 +26,7 @@ def check_sparsity(
     if not 0 <= s < 1: raise ValueError(f"sparsity is a fraction in [0, 1), the share of weights to remove: got {s:g}")
     return s
 
-# %% ../nbs/02_pressure.ipynb #46623c46
+# %% ../nbs/02_pressure.ipynb #45868a06
 def constant(p:float, # Progress in [0, 1]; not used
     gamma:float, # The pressure, >= 0
 )->float:
@@ -41,7 +41,7 @@ def ramp(p:float, # Progress in [0, 1]
     if start <= 0 or end <= 0: raise ValueError(f"a geometric ramp runs between two positive pressures: got {start} and {end}")
     return start*(end/start)**p
 
-# %% ../nbs/02_pressure.ipynb #4a858973
+# %% ../nbs/02_pressure.ipynb #0eec7566
 def adam_damping(
     gamma:float, # Pressure, >= 0
     d:int, # Number of prunable weights
@@ -51,7 +51,7 @@ def adam_damping(
     force = gamma/d
     return force/(force + eps) if force else 0.
 
-# %% ../nbs/02_pressure.ipynb #972384a2
+# %% ../nbs/02_pressure.ipynb #46751d8d
 MIN_STEPS = 50 # With fewer pruning steps than this, presences say nothing about weights (see the picture below)
 
 def check_reach(
@@ -78,7 +78,7 @@ def presence_lr(
     check_reach(steps, lr, high)
     return lr
 
-# %% ../nbs/02_pressure.ipynb #8197a14c
+# %% ../nbs/02_pressure.ipynb #63c71114
 def linear(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned density, here and below
@@ -97,7 +97,7 @@ def early(p:float, target:float)->float:
     "Fast at first and patient at the end, on the logarithm of density"
     return target**(1 - (1 - p)**4)
 
-# %% ../nbs/02_pressure.ipynb #7b1d7863
+# %% ../nbs/02_pressure.ipynb #9641d353
 def _planned(e0, epochs, a):
     r = [1.]
     for j in range(1, epochs + 1): r.append(r[-1]*(e0 + (.999 - e0)/(1 + math.exp(-a/epochs*(j - epochs/2)))))
@@ -124,7 +124,7 @@ def authors_trajectory(
     "The Hyperflux authors' trajectory"
     return _authors_plan(target, epochs, a)[min(max(round(p*epochs), 0), epochs)]
 
-# %% ../nbs/02_pressure.ipynb #7f95e89f
+# %% ../nbs/02_pressure.ipynb #62bdedec
 @dataclass
 class Plant:
     "A simulated network: log density relaxes to that of the pruning law, min(1, c·γ^-α)"
@@ -181,7 +181,7 @@ def tracking_error(
     es = [math.log(r['density']/r['planned']) for r in rows if r['progress'] >= skip]
     return math.sqrt(sum(e*e for e in es)/len(es))
 
-# %% ../nbs/02_pressure.ipynb #2ec6ae04
+# %% ../nbs/02_pressure.ipynb #70a29f22
 class _Controller:
     "State as plain floats"
     def state_dict(self)->dict: return {k: float(getattr(self, k)) for k in self.state}
@@ -213,7 +213,7 @@ class AuthorsController(_Controller):
             self.i_plus, self.i_minus = 0., self.i_minus + s/4
         return self.b**1.5
 
-# %% ../nbs/02_pressure.ipynb #0eed4151
+# %% ../nbs/02_pressure.ipynb #29b20932
 class LogController(_Controller):
     "PI control of log density by log pressure, with feedforward from the pruning law and anti-windup"
     state = 'integral', 'error', 'progress', 'plan'
@@ -250,7 +250,7 @@ class LogController(_Controller):
         self.progress, self.plan = progress, plan
         return math.exp(max(self.low, min(self.high, u)))
 
-# %% ../nbs/02_pressure.ipynb #d5233122
+# %% ../nbs/02_pressure.ipynb #320e6b57
 @torch.no_grad()
 def land_(
     presence:Tensor, # [n], float32 or float64, changed in place

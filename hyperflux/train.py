@@ -6,7 +6,7 @@
 __all__ = ['Config', 'learning_rate', 'evaluate', 'Run', 'train_epoch', 'fit', 'file_sizes', 'summary', 'summary_text',
            'plot_run', 'write_results']
 
-# %% ../nbs/06_train.ipynb #3c8dc008
+# %% ../nbs/06_train.ipynb #f2c2793e
 import csv, dataclasses, hashlib, json, math, os, pickle, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .pressure import check_sparsity
 from .hyperflux import Hyperflux, Settings, authors
 from .pruner import density_table, select
 
-# %% ../nbs/06_train.ipynb #a6416552
+# %% ../nbs/06_train.ipynb #a470f424
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -63,7 +63,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/06_train.ipynb #2ebd5768
+# %% ../nbs/06_train.ipynb #6f7280ab
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -73,7 +73,7 @@ def learning_rate(
     q = max(0., epoch - start)/max(c.regrow_epochs, 1)
     return c.final_lr + (c.lr - c.final_lr)*(1 + math.cos(math.pi*min(q, 1.)))/2
 
-# %% ../nbs/06_train.ipynb #ca7fb6cb
+# %% ../nbs/06_train.ipynb #64e18b99
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -89,7 +89,7 @@ def evaluate(
     if n == 0: raise ValueError("nothing to evaluate on: the loader is empty")
     return dict(accuracy=100*float(right)/n, loss=float(loss)/n)
 
-# %% ../nbs/06_train.ipynb #396221cd
+# %% ../nbs/06_train.ipynb #411923b7
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self, config:Config, data:Data, device='cpu', compile=False):
@@ -143,7 +143,7 @@ class Run:
         for k in 'epoch', 'history', 'seconds', 'flux', 'dense_accuracy': setattr(self, k, state[k])
         torch.set_rng_state(state['random'].cpu())
 
-# %% ../nbs/06_train.ipynb #e0e72447
+# %% ../nbs/06_train.ipynb #6e3cccdc
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -190,7 +190,7 @@ def fit(
     if folder: write_results(run, folder)
     return run
 
-# %% ../nbs/06_train.ipynb #6494ebfb
+# %% ../nbs/06_train.ipynb #bbe5b9a9
 def _bar(it, progress):
     "The epochs, with a progress bar if it is wanted"
     if not progress: return _Quiet(it)
@@ -228,7 +228,7 @@ def _folder(out, config, resume):
         (folder/'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2)+'\n')
     return folder
 
-# %% ../nbs/06_train.ipynb #9979fbdb
+# %% ../nbs/06_train.ipynb #b12d51a6
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -258,7 +258,7 @@ def summary_text(
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
     return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
 
-# %% ../nbs/06_train.ipynb #861aed45
+# %% ../nbs/06_train.ipynb #fe6c0e47
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -290,7 +290,7 @@ def plot_run(
         for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
     return fig
 
-# %% ../nbs/06_train.ipynb #0e74f6d1
+# %% ../nbs/06_train.ipynb #4d114d6a
 def write_results(run:Run, folder):
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)

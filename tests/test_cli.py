@@ -72,3 +72,12 @@ def test_broken_and_foreign_files_are_named_and_nothing_is_lost(tmp_path):
     assert 'data' in hyperflux('prune', '--quiet', '--data', 'mnist', '--root', 'data', '--out', 'm', cwd=tmp_path, code=1)
     says = hyperflux('prune', '--quiet', '--epochs', 5, '--batch-size', 5000, '--out', 'short', cwd=tmp_path, code=1)
     assert 'pruning was given 4 steps and needs at least 50' in says
+
+
+def test_overwriting_takes_only_a_runs_own_files_and_not_before_it_can_start(tmp_path):
+    hyperflux('prune', '--epochs', 5, '--quiet', '--out', 'run', cwd=tmp_path)
+    (tmp_path/'run/notes.txt').write_text('mine')
+    hyperflux('prune', '--epochs', 5, '--quiet', '--out', 'run', '--overwrite', '--model', 'lenet30', cwd=tmp_path, code=1)
+    assert json.loads((tmp_path/'run/summary.json').read_text())['left'] == 5324
+    hyperflux('prune', '--epochs', 5, '--quiet', '--out', 'run', '--overwrite', '--sparsity', .9, cwd=tmp_path)
+    assert json.loads((tmp_path/'run/summary.json').read_text())['left'] == 26_620 and (tmp_path/'run/notes.txt').read_text() == 'mine'
