@@ -1,5 +1,5 @@
 "What every benchmark needs: interleaved timing, peak memory, statistics, a table, and a record that says where it comes from."
-import gc, json, multiprocessing, os, platform, random, statistics, subprocess, time
+import gc, json, multiprocessing, os, platform, random, re, statistics, subprocess, time
 from datetime import date
 from pathlib import Path
 
@@ -44,7 +44,32 @@ def write_json(
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = lambda xs: '[\n    ' + ',\n    '.join(json.dumps(x) for x in xs) + ']' if xs else '[]'
     body = ',\n'.join(f'  {json.dumps(k)}: {rows(v) if isinstance(v, list) else json.dumps(v)}' for k, v in record.items())
-    path.write_text('{\n' + body + '\n}\n', encoding='utf-8')
+    part = path.with_name(path.name + '.part')
+    part.write_text('{\n' + body + '\n}\n', encoding='utf-8')
+    part.replace(path)                                                  # a record is whole, also when the program is stopped
+
+
+def spelled(
+    command:str, # The program
+    argv:list, # What was asked of it
+)->str:
+    "The command line for a record: absolute paths, which mean something on one machine only, as PATH"
+    return ' '.join([command, *(re.sub(r'(^|=)/.*', r'\1PATH', a) for a in argv)])
+
+
+def resume(
+    path, # Of the record, there or not
+    record:dict, # A fresh head; its lists are filled with what is there
+    same:tuple, # Names of fields that must agree
+)->dict: # `record`; ValueError if the one that is there is of another origin
+    "Goes on with a record that is there"
+    if not path or not Path(path).exists(): return record
+    old, new = json.loads(Path(path).read_text(encoding='utf-8')), json.loads(json.dumps(record))
+    origin = lambda r: {k: r.get(k) for k in ('benchmark', 'smoke', 'commit', 'torch', *same)} | {'gpu': r.get('hardware', {}).get('gpu')}
+    differ = [f'{k} {a!r} there, {b!r} here' for (k, a), b in zip(origin(old).items(), origin(new).values()) if a != b]
+    if differ: raise ValueError(f"{path} holds a record of another origin ({'; '.join(differ)}): --fresh begins anew, another --out keeps both")
+    lines = [*old['command'].split('; '), record['command']]
+    return record | dict(command='; '.join(dict.fromkeys(lines))) | {k: old[k] for k, v in record.items() if isinstance(v, list) and k in old}
 
 
 def stats(
@@ -113,6 +138,15 @@ def ratios(
 )->dict: # median, q1, q3
     "Median step over the baseline's in the same round: what drifts from round to round cancels"
     s = stats([statistics.median(a)/statistics.median(b) for a, b in zip(rounds, baseline)])
+    return {k: s[k] for k in ('median', 'q1', 'q3')}
+
+
+def differences(
+    rounds:list, # Of `interleave`
+    baseline:list, # The same of what to compare with
+)->dict: # median, q1, q3, in milliseconds
+    "Median step minus the baseline's in the same round"
+    s = stats([statistics.median(a) - statistics.median(b) for a, b in zip(rounds, baseline)])
     return {k: s[k] for k in ('median', 'q1', 'q3')}
 
 

@@ -14,15 +14,17 @@ from statistics import mean, stdev
 import torch
 
 from benchmarks.common import provenance, write_json
+from hyperflux.checkpoint import checkpoints
 from hyperflux.data import load_data
-from hyperflux.train import Config, fit
+from hyperflux.recipes import Config
+from hyperflux.train import fit
 
 
 def one(config, data, folder):
     "The summary of one run, made now or before"
     if not (folder/'summary.json').is_file():
         print(folder.name, flush=True)
-        fit(config, folder, resume=(folder/'checkpoint.pt').is_file(), progress=False, data=data)
+        fit(config, folder, resume=bool(checkpoints(folder)), progress=False, data=data)
     return json.loads((folder/'summary.json').read_text())
 
 

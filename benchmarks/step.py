@@ -5,7 +5,7 @@ A ratio is the median, over rounds, of the way's median step over the dense one'
 what was in use before the network was made: on the CPU the resident memory of a process for each way (libraries and compiler loaded beforehand),
 on CUDA the allocator's count. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
 """
-import argparse, statistics, sys, time
+import argparse, contextlib, statistics, sys, time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -74,23 +74,26 @@ def make(model, way, device):
     return step, pruner
 
 
-def plain_step(net, opt, x, y):
+def plain_step(net, opt, x, y, context=contextlib.nullcontext):
     opt.zero_grad()
-    F.cross_entropy(net(x), y).backward()
+    with context(): out = net(x)
+    F.cross_entropy(out.float(), y).backward()
     opt.step()
 
 
-def gated_step(net, opt, device):
+def gated_step(net, opt, device, weights=None, steps=STEPS, context=contextlib.nullcontext):
     "What Hyperflux does, written as layers: presences are parameters with an Adam of their own, pressure is a term of the loss"
-    S, weights = Settings(), prunable(net)
+    S, weights = Settings(), weights or prunable(net)
     d = sum(p.numel() for p in weights.values())
     starts = initial_presence(d, S.low, S.high).split([p.numel() for p in weights.values()])
-    gated = Gated(net, {n: t.view_as(p) for (n, p), t in zip(weights.items(), starts)}, S.slope).to(device)
-    gates = torch.optim.Adam(gated.gates.parameters(), lr=presence_lr(round(S.prune*STEPS), S.travel, S.high), eps=1e-8/d, fused=True)
+    laid_out = lambda t, p: torch.empty_like(p, device='cpu', requires_grad=False).copy_(t.view_as(p))      # in memory as the weight is
+    gated = Gated(net, {n: laid_out(t, p) for (n, p), t in zip(weights.items(), starts)}, S.slope).to(device)
+    gates = torch.optim.Adam(gated.gates.parameters(), lr=presence_lr(round(S.prune*steps), S.travel, S.high), eps=1e-8/d, fused=True)
     gamma = S.controller().first
     def step(x, y):
         opt.zero_grad(); gates.zero_grad()
-        (F.cross_entropy(gated(x), y) + gated.pressure(gamma)).backward()
+        with context(): out = gated(x)
+        (F.cross_entropy(out.float(), y) + gated.pressure(gamma)).backward()
         opt.step(); gates.step()
     return step
 
@@ -140,34 +143,43 @@ def measure(model, device, rounds, burst, warmup, memory_steps):
     return rows, [dict(model=model, device=device.type, way=w, error=e) for w, e in failed.items()]
 
 
-def profile(model, way, device, n, warmup):
-    "Median milliseconds of the parts of a step; on CUDA the device is waited for after each part, so parts add up to more than a step"
-    step, pruner = make(model, way, device)
-    now, batch, parts = {}, batches(model, device), []
+def parts_of(step, pruner, batch, device, n, warmup):
+    "Median milliseconds of `n` steps and of their parts, with the device waited for after each; *_host: until the hook returned, without waiting"
+    now, parts = {}, []
     def wait():
         if device.type == 'cuda': torch.cuda.synchronize()
         return time.perf_counter_ns()
-    def timed(owner, name, key):
+    def timed(owner, name):
         inner = getattr(owner, name)
         def f(*args, **kwargs):
             start = wait()
             out = inner(*args, **kwargs)
-            now[key] = (wait() - start)/1e6
+            now[name + '_host'] = (time.perf_counter_ns() - start)/1e6
+            now[name] = (wait() - start)/1e6
             return out
         setattr(owner, name, f)
     if pruner:
         pruner.detach()                                                 # the optimiser holds the hooks themselves, so they are handed over anew
-        for name in ('_pre', '_post', '_before', '_after', '_move_presences'): timed(pruner, name, name)
+        for name in ('_pre', '_post', '_before', '_after', '_move_presences'): timed(pruner, name)
         pruner.attach()
-        opt = pruner.optimizer
-        timed(opt, 'step', 'step')
+        timed(pruner.optimizer, 'step')
     for i in range(warmup + n):
         b, start = batch(), wait()
         step(*b)
         total = (wait() - start)/1e6
         if i >= warmup: parts.append(dict(now, total=total))
-    m = {k: statistics.median(p[k] for p in parts) for k in parts[0]}
-    return dict(model=model, device=device.type, way=way, n=n, unit='ms', total=m['total'], forward_backward=m['total'] - m['step'],
+    return {k: statistics.median(p[k] for p in parts) for k in parts[0]}
+
+
+def profile(model, way, device, n, warmup):
+    "Median milliseconds of the parts of a step; on CUDA the device is waited for after each part, so parts add up to more than a step"
+    m = parts_of(*make(model, way, device), batches(model, device), device, n, warmup)
+    return dict(model=model, device=device.type, way=way, n=n, unit='ms', **shares(m))
+
+
+def shares(m):
+    "What `parts_of` found, as parts that add up"
+    return dict(total=m['total'], forward_backward=m['total'] - m['step'],
                 optimiser=m['step'] - m['_pre'] - m['_post'], pre_hook=m['_pre'], post_hook=m['_post'], of_pre_before=m['_before'],
                 of_post_presences=m['_move_presences'], of_post_weights=m['_after'] - m['_move_presences'])
 

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['flux', 'FluxMeter', 'format_table', 'plot_flux']
 
-# %% ../nbs/01_flux.ipynb #3bd4f0cd
+# %% ../nbs/01_flux.ipynb #8fe40cf0
 import math, torch
+from typing import Callable
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../nbs/01_flux.ipynb #7e321830
+from .pressure import nth_largest
+
+# %% ../nbs/01_flux.ipynb #94130041
 def flux(
     weight:Tensor, # ω, the kept values of the weights, of absent ones too; any shape
     grad:Tensor, # g = ∂L/∂θ at the θ the network computed with, of the same shape
@@ -20,7 +23,7 @@ def flux(
     if weight.shape != grad.shape: raise ValueError(f"a flux needs one gradient per weight: got {tuple(weight.shape)} and {tuple(grad.shape)}")
     return weight*grad*-slope
 
-# %% ../nbs/01_flux.ipynb #43baef19
+# %% ../nbs/01_flux.ipynb #9eecf6c5
 class FluxMeter:
     "Mean flux, births and deaths of every weight since the last reset; all weights in one flat vector, layer after layer"
     def __init__(self,
@@ -28,13 +31,14 @@ class FluxMeter:
         names=None, # A name per layer when `sizes` is a list; "layer 0", "layer 1", ... if not given
         device=None, # Where to keep count: where the flux is
         dtype:torch.dtype=torch.float32, # Type of the sum of flux
+        reduce:Callable|None=None, # (rows [layers, ...], 'sum' or 'max') → the same over all processes, if each holds a part of every layer; see `Shards.reduce`
     ):
         if hasattr(sizes, 'items'): names, sizes = list(sizes), list(sizes.values())
         self.sizes = [int(s) for s in sizes]
         self.names = [f'layer {i}' for i in range(len(self.sizes))] if names is None else [str(n) for n in names]
-        if not self.sizes or min(self.sizes) < 1: raise ValueError(f"a meter needs one or more layers of one or more weights: got sizes {self.sizes}")
+        if not self.sizes or min(self.sizes) < (reduce is None): raise ValueError(f"a meter needs one or more layers of one or more weights: got sizes {self.sizes}")
         if len(self.names) != len(self.sizes): raise ValueError(f"one name per layer: got {len(self.names)} names for {len(self.sizes)} layers")
-        d = sum(self.sizes)
+        d, self.reduce = sum(self.sizes), reduce
         self.total = torch.zeros(d, dtype=dtype, device=device)
         self.births, self.deaths = (torch.zeros(d, dtype=torch.int32, device=device) for _ in range(2))
         self.mask, self.updates = torch.ones(d, dtype=torch.bool, device=device), 0      # all present, until the first update tells
@@ -59,15 +63,24 @@ class FluxMeter:
         for v in (self.total, self.births, self.deaths): v.zero_()
         self.updates = 0
 
-# %% ../nbs/01_flux.ipynb #fb6def1b
+# %% ../nbs/01_flux.ipynb #033ac014
+@patch
+def _per_layer(self:FluxMeter, *flat, how=torch.sum, op='sum'):
+    "[layers, len(flat), ...]: `how` of every layer of every vector, over all processes"
+    rows = torch.stack([torch.stack([how(v) for v in vs]) for vs in zip(*(f.split(self.sizes) for f in flat))])
+    return rows if self.reduce is None else self.reduce(rows, op)
+
+@patch
+def _largest(self:FluxMeter, *flat):
+    return self._per_layer(*flat, how=lambda v: v.max() if len(v) else v.new_tensor(-math.inf), op='max')
+
 @patch(as_prop=True)
 def mean(self:FluxMeter)->Tensor: # [d]
     "Mean flux of each weight over the steps since the last reset"
     if not self.updates: raise RuntimeError("no flux to average: call update(flux, before, after) at least once after a reset")
     mean = self.total/self.updates
-    if not (ok := mean.isfinite()).all():
-        bad = [n for n, o in zip(self.names, ok.split(self.sizes)) if not o.all()]
-        raise FloatingPointError(f"NaN or infinite flux in {(~ok).sum().item():,} weights of {', '.join(bad)}: the loss or a gradient was not finite since the last reset")
+    bad = {n: k for n, k in zip(self.names, self._per_layer(~mean.isfinite())[:, 0].tolist()) if k}
+    if bad: raise FloatingPointError(f"NaN or infinite flux in {sum(bad.values()):,} weights of {', '.join(bad)}: the loss or a gradient was not finite since the last reset")
     return mean
 
 @patch
@@ -75,18 +88,24 @@ def minimum(self:FluxMeter,
     quantile:float=0., # In [0, 1]: 0 for the minimum itself, 0.5 for the median
 )->float|None: # None if no weight is present
     "The smallest mean flux among the present weights, or one of its low quantiles, which noise disturbs less"
-    v = self.mean[self.mask]
-    return v.kthvalue(1 + int(quantile*(len(v) - 1))).values.item() if len(v) else None
+    mean, n = self.mean, int(self._per_layer(self.mask).sum())
+    k = 1 + int(quantile*(n - 1))
+    if not n: return None
+    if self.reduce is None: return mean[self.mask].kthvalue(k).values.item()
+    return nth_largest(lambda x: int(self._per_layer((mean >= x) & self.mask).sum()), n - k + 1, mean.dtype)
 
 @patch
 def layers(self:FluxMeter)->list[dict]:
     "One row per layer and one in total: weights, present, births, deaths, flips, and the mean flux of the present and the absent"
-    def row(name, mean, mask, births, deaths):
-        b, d, p, a = births.sum().item(), deaths.sum().item(), mean[mask], mean[~mask]
-        return dict(name=name, weights=len(mask), present=len(p), births=b, deaths=d, flips=b + d, flux_present=p.mean().item() if len(p) else None,
-            flux_absent=a.mean().item() if len(a) else None, flux_minimum=p.min().item() if len(p) else None)
-    flat = self.mean, self.mask, self.births, self.deaths
-    return [row(*r) for r in zip(self.names, *(v.split(self.sizes) for v in flat))] + [row('total', *flat)]
+    mean, mask = self.mean, self.mask
+    counts = self._per_layer(torch.ones_like(mask), mask, self.births, self.deaths)
+    sums, low = self._per_layer(mean*mask, mean*~mask), -self._largest((-mean).masked_fill(~mask, -math.inf))
+    def row(name, counts, sums, low):
+        n, p, b, d = counts.tolist()
+        here, gone = sums.tolist()
+        return dict(name=name, weights=n, present=p, births=b, deaths=d, flips=b + d, flux_present=here/p if p else None,
+                    flux_absent=gone/(n - p) if n > p else None, flux_minimum=low.item() if p else None)
+    return [row(*r) for r in zip(self.names, counts, sums, low)] + [row('total', counts.sum(0), sums.sum(0), low.min())]
 
 @patch
 def histogram(self:FluxMeter,
@@ -95,24 +114,26 @@ def histogram(self:FluxMeter,
     high:float|None=None, # Upper edge; by default a power of ten above the data
 )->dict: # edges [bins+1], present and absent [bins], zero_present, zero_absent: lists and ints, ready for JSON
     "How |mean flux| is distributed over present and absent weights; what lies outside the edges counts in the outermost bins"
-    logs = self.mean.abs().log10()
-    zero, mask = logs.isinf(), self.mask
-    hi = math.log10(high) if high else math.ceil(logs.max().item()) if not zero.all() else 0
-    lo = math.log10(low) if low else min(max(math.floor(logs[~zero].min().item()), hi - 10), hi - 1) if not zero.all() else hi - 10
+    logs, mask = self.mean.abs().log10(), self.mask
+    zero = logs.isinf()
+    most, least = self._largest(logs, (-logs).masked_fill(zero, -math.inf)).amax(0).tolist()
+    hi = math.log10(high) if high else math.ceil(most) if most > -math.inf else 0
+    lo = math.log10(low) if low else min(max(math.floor(-least), hi - 10), hi - 1) if most > -math.inf else hi - 10
     if lo >= hi: raise ValueError(f"the lower edge must lie below the upper one: got low={low}, high={high}")
-    at = ((logs - lo)*(bins/(hi - lo))).clamp(0, bins - 1).long()
-    count = lambda m: torch.bincount(at[m & ~zero], minlength=bins).tolist()
-    return dict(edges=[10**(lo + (hi - lo)*i/bins) for i in range(bins + 1)], present=count(mask), absent=count(~mask),
-        zero_present=(zero & mask).sum().item(), zero_absent=(zero & ~mask).sum().item())
+    at = ((logs - lo)*(bins/(hi - lo))).clamp(0, bins - 1).long().masked_fill(zero, bins)
+    both = self._per_layer(*(at.masked_fill(~m, bins + 1) for m in (mask, ~mask)), how=lambda v: torch.bincount(v, minlength=bins + 2))
+    present, absent = both.sum(0).tolist()
+    return dict(edges=[10**(lo + (hi - lo)*i/bins) for i in range(bins + 1)], present=present[:bins], absent=absent[:bins],
+        zero_present=present[bins], zero_absent=absent[bins])
 
-# %% ../nbs/01_flux.ipynb #658a9121
+# %% ../nbs/01_flux.ipynb #259db622
 @patch(as_prop=True)
 def bytes_per_weight(self:FluxMeter)->int:
     "Memory for each weight: the sum of flux, births, deaths and the mask"
     return sum(v.element_size() for v in (self.total, self.births, self.deaths, self.mask))
 
 @patch
-def state_dict(self:FluxMeter)->dict: return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+def state_dict(self:FluxMeter)->dict: return {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items() if k != 'reduce'}
 
 @patch
 def load_state_dict(self:FluxMeter, state:dict):
@@ -121,7 +142,7 @@ def load_state_dict(self:FluxMeter, state:dict):
     for k in ('total', 'births', 'deaths', 'mask'): getattr(self, k).copy_(state[k])
     self.updates = state['updates']
 
-# %% ../nbs/01_flux.ipynb #a6100e01
+# %% ../nbs/01_flux.ipynb #e3a7fdb6
 def format_table(
     head:list[str], # Column titles
     rows:list[list[str]], # Cells, one list a row
@@ -136,7 +157,7 @@ def format_table(
 @patch
 def text(self:FluxMeter, markdown=False)->str:
     "The rows of `layers` as a table"
-    about = f'FluxMeter: {len(self.total):,} weights, {self.updates:,} updates'
+    about = f'FluxMeter: {int(self._per_layer(torch.ones_like(self.mask)).sum()):,} weights, {self.updates:,} updates'
     if not self.updates: return about
     show = lambda v: '–' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:.2e}' if isinstance(v, float) else v
     head = ['layer', 'weights', 'present', 'births', 'deaths', 'flips', 'flux present', 'flux absent', 'minimum flux']
@@ -149,7 +170,7 @@ def __repr__(self:FluxMeter): return self.text()
 @patch
 def _repr_markdown_(self:FluxMeter): return self.text(markdown=True)
 
-# %% ../nbs/01_flux.ipynb #7c234e00
+# %% ../nbs/01_flux.ipynb #a89246c6
 def plot_flux(
     hist:dict, # From `FluxMeter.histogram`
     ax=None, # Where to draw; a new figure if not given

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Heaviside', 'heaviside', 'initial_presence', 'Gate', 'Gated']
 
-# %% ../nbs/00_gates.ipynb #6c7b01bb
+# %% ../nbs/00_gates.ipynb #e4b327f6
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# %% ../nbs/00_gates.ipynb #d3e9f941
+# %% ../nbs/00_gates.ipynb #cc8e7ef2
 class Heaviside(torch.autograd.Function):
     "The step H(t) on the way forward; the slope of a straight line on the way back"
     @staticmethod
@@ -28,17 +28,17 @@ def heaviside(
     "H(t), with the constant `slope` for a derivative"
     return Heaviside.apply(t, slope)
 
-# %% ../nbs/00_gates.ipynb #0658c455
+# %% ../nbs/00_gates.ipynb #2cff1d6c
 def initial_presence(
     n:int, # How many weights
     low:float=.2, # The lowest first presence, above 0 so that all weights are present
     high:float=.5, # The highest
-    seed:int=0, # The same seed gives the same presences on every machine, device and process
+    seed:int|torch.Generator=0, # The same seed gives the same presences on every machine, device and process; a generator goes on where it stopped
     dtype:torch.dtype=torch.float32,
 )->Tensor: # [n], on the CPU
     "First presences, t ~ U(low, high)"
     if not 0 <= low <= high: raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={low}, high={high}")
-    g = torch.Generator().manual_seed(seed)
+    g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     return torch.rand(n, generator=g, dtype=dtype)*(high - low) + low
 
 class Gate(nn.Module):
@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     def forward(self, w:Tensor)->Tensor: return w*heaviside(self.presence, self.slope)
 
-# %% ../nbs/00_gates.ipynb #84c84337
+# %% ../nbs/00_gates.ipynb #6923f6c5
 class Gated(nn.Module):
     "Any network with gates in the graph on the named weights"
     def __init__(self,

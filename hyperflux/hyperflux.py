@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03b_hyperflux.ipynb #7ce74877
+# %% ../nbs/03b_hyperflux.ipynb #c883d93a
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -17,10 +17,10 @@ from torch import nn
 from .flux import FluxMeter
 from .gates import initial_presence
 from .pressure import (AuthorsController, LogController, authors_trajectory, check_reach, check_sparsity, early,
-                                land_, presence_lr)
+                                presence_lr)
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/03b_hyperflux.ipynb #54b04f9c
+# %% ../nbs/03b_hyperflux.ipynb #f5187333
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -73,7 +73,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03b_hyperflux.ipynb #d043c055
+# %% ../nbs/03b_hyperflux.ipynb #80dda23c
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -82,7 +82,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03b_hyperflux.ipynb #083c2168
+# %% ../nbs/03b_hyperflux.ipynb #1b46edfb
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -106,17 +106,19 @@ class Hyperflux(Pruner):
         self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
         self.gamma = self._pressure(0.) if self._pressure else self.controller.first
         super().__init__(model, optimizer, sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)   # whatever can be refused has been
-        self.meter = FluxMeter(self.sizes, self.names, device=self.device, dtype=self.dtype) if meter else None
+        self.meter = FluxMeter(self.sizes, self.names, self.device, self.dtype, self.shards.reduce if self.shards.cuts else None) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03b_hyperflux.ipynb #b9a41200
+# %% ../nbs/03b_hyperflux.ipynb #a8409d18
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
     S = self.settings
-    self.presence = initial_presence(self.d, S.low, S.high, seed, self.dtype).to(self.device)
-    self.value, self._pull, self._moments = self._gather(self.params), self._flat(), (self._flat(), self._flat())
+    self.presence, self.value, self._pull, self._moments = self._flat(), self._gather(self.params), self._flat(), (self._flat(), self._flat())
     self._presences, self._values, self._pulls = map(self._views, (self.presence, self.value, self._pull))
+    g = torch.Generator().manual_seed(seed)
+    for i, (p, t) in enumerate(zip(self.params, self._presences)):               # one layer at a time: of it, a process may need a part only
+        t.copy_(self.shards.piece(i, initial_presence(p.numel(), S.low, S.high, g, self.dtype)))
     for t, g in zip(self._presences, self._pulls): t.grad = g
     fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
     self.adam = torch.optim.Adam(self._presences, lr=self.lr, eps=1e-8/self.d if S.eps is None else S.eps, fused=fused)
@@ -126,7 +128,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03b_hyperflux.ipynb #4b2dbc47
+# %% ../nbs/03b_hyperflux.ipynb #ffb4e0cb
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -139,17 +141,17 @@ def _before(self:Hyperflux, grads):
         for i in self._missing: self._pulls[i].zero_()
         self._pull.mul_(self.value)                                             # s = ω·g
         if scale is not None: self._pull.div_(scale)
-        torch._foreach_copy_(self.params, self._values)                         # p ← ω
+        torch._foreach_copy_(self._local, self._values)                         # p ← ω
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03b_hyperflux.ipynb #b7b03abf
+# %% ../nbs/03b_hyperflux.ipynb #96fc5ab9
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
         if len(self._missing) < len(self.params): self._move_presences()
-        torch._foreach_copy_(self._values, self.params)                         # ω ← p
-    torch._foreach_mul_(self.params, self._masks)                               # p ← ω·H(t)
+        torch._foreach_copy_(self._values, self._local)                         # ω ← p
+    torch._foreach_mul_(self._local, self._masks)                               # p ← ω·H(t)
 
 @patch
 def _move_presences(self:Hyperflux):
@@ -178,10 +180,10 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03b_hyperflux.ipynb #3fb0f238
+# %% ../nbs/03b_hyperflux.ipynb #adee1b93
 @patch
 def _adopt(self:Hyperflux):
-    for p, v, h in zip(self.params, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
+    for p, v, h in zip(self._local, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
 
 @patch
 def _resync(self:Hyperflux):
@@ -190,10 +192,10 @@ def _resync(self:Hyperflux):
 
 @patch
 def _restore(self:Hyperflux):
-    torch._foreach_copy_(self.params, self._values)
-    torch._foreach_mul_(self.params, self._masks)
+    torch._foreach_copy_(self._local, self._values)
+    self.apply_mask()
 
-# %% ../nbs/03b_hyperflux.ipynb #7c2f4255
+# %% ../nbs/03b_hyperflux.ipynb #d9c79a46
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -223,7 +225,7 @@ def _advance(self:Hyperflux):
 
 @patch
 def _steer(self:Hyperflux):
-    S, total = self.settings, self.presence.sum().item()
+    S, total = self.settings, self.shards.sum(self.presence).item()
     if not math.isfinite(total):
         raise FloatingPointError(f"presences add up to {total} at step {self.step}: gradients held NaN or infinity; lower the learning rate, clip gradients, or use a GradScaler")
     self._note(self.stage)
@@ -248,7 +250,7 @@ def _refloat(self:Hyperflux):
 
 @patch
 def _waterline(self:Hyperflux, keep):
-    land_(self.presence, keep)
+    self.shards.land_(self.presence, keep)
     torch.ge(self.presence, 0, out=self.mask)
     self._restore()
 
@@ -264,7 +266,7 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03b_hyperflux.ipynb #e773b16b
+# %% ../nbs/03b_hyperflux.ipynb #eb83d2c2
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"

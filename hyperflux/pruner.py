@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'check_steps', 'Pruner', 'density_table']
 
-# %% ../nbs/03_pruner.ipynb #e5a66b55
+# %% ../nbs/03_pruner.ipynb #32c14048
 import difflib, functools, gc, re, types, weakref
 from typing import Callable
 
@@ -15,8 +15,9 @@ from torch import nn
 
 from .flux import format_table
 from .pressure import check_sparsity
+from .shards import Shards, check_current, local, reshard, sharded
 
-# %% ../nbs/03_pruner.ipynb #dfac0630
+# %% ../nbs/03_pruner.ipynb #51e5fc71
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
@@ -32,7 +33,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #8f20d4ef
+# %% ../nbs/03_pruner.ipynb #9e7b4911
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -71,7 +72,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #e6a6fb31
+# %% ../nbs/03_pruner.ipynb #525ff5fe
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -85,7 +86,7 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #b7ac6d5e
+# %% ../nbs/03_pruner.ipynb #ccd6cb32
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
@@ -104,7 +105,7 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #232ec504
+# %% ../nbs/03_pruner.ipynb #da508e61
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
 
 def check_steps(
@@ -120,9 +121,10 @@ def _check_optimizer(optimizer, weights):
     if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}")
     trained = {id(p) for group in optimizer.param_groups for p in group['params']}
     missing = [n for n, p in weights.items() if id(p) not in trained]
-    if missing: raise ValueError(f"not in the optimiser: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; add them, freeze them, or leave them out with ignore=")
+    if missing: raise ValueError(f"not in the optimiser: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; add them, freeze them, or leave them out with ignore="
+                                 + (" (with fully_shard: shard, then make the optimiser, before any forward pass or after model.reshard())" if any(map(sharded, weights.values())) else ""))
 
-# %% ../nbs/03_pruner.ipynb #7841faeb
+# %% ../nbs/03_pruner.ipynb #d1ab7c39
 class Pruner:
     "Keeps a mask on chosen weights while any optimiser trains them; methods subclass it"
     def __init__(self,
@@ -136,11 +138,13 @@ class Pruner:
     ):
         self.sparsity = None if sparsity is None else check_sparsity(sparsity)
         check_steps(steps)
+        reshard(model)
         weights = select(model, targets, ignore)
         _check_optimizer(optimizer, weights)
         self.model, self.optimizer, self.steps, self.step = model, optimizer, steps, 0
         self.names, self.params = list(weights), list(weights.values())
-        self.sizes, self.d = [p.numel() for p in self.params], sum(p.numel() for p in self.params)
+        self.shards, self.d = Shards(self.params), sum(p.numel() for p in self.params)
+        self.sizes = self.shards.sizes                                    # in this process; d counts all
         if self.keep < 1: raise ValueError(f"a sparsity of {self.sparsity:g} leaves no weight of {self.d:,}: ask for at most {1 - 1/self.d:.4g}")
         first, *rest = self.params
         if any(p.device != first.device for p in rest): raise ValueError("the chosen weights lie on several devices; a pruner works on one: choose with targets=")
@@ -150,10 +154,12 @@ class Pruner:
         self._masks, self._swapped = self._views(self.mask), False
         self.attach()
 
-    def _flat(self, value=0.): return torch.full((self.d,), value, device=self.device, dtype=self.dtype)
-    def _views(self, flat): return [v.view_as(p) for v, p in zip(flat.split(self.sizes), self.params)]
-    def _gather(self, tensors): return torch.cat([x.detach().flatten().to(self.dtype) for x in tensors])
-    def _versions(self): return [(p._version, p.data_ptr()) for p in self.params]
+    @property
+    def _local(self): return self.shards.parts(self.params)              # asked for each time: FSDP2 may give a parameter another tensor
+    def _flat(self, value=0.): return torch.full((sum(self.sizes),), value, device=self.device, dtype=self.dtype)
+    def _views(self, flat): return [v.view_as(w) for v, w in zip(flat.split(self.sizes), self._local)]
+    def _gather(self, tensors): return torch.cat([local(x).detach().flatten().to(self.dtype) for x in tensors])
+    def _versions(self): return [(w._version, w.data_ptr()) for w in self._local] + ([p._version for p in self.params] if self.shards.cuts else [])
 
     def attach(self):
         "Starts to work around `optimizer.step`"
@@ -172,15 +178,16 @@ class Pruner:
         for p in self.params:
             if _attached.get(id(p)) is self: del _attached[id(p)]
 
-# %% ../nbs/03_pruner.ipynb #5bd62eb5
+# %% ../nbs/03_pruner.ipynb #7fa0db0a
 @patch
 @torch.no_grad()
 def _pre(self:Pruner, optimizer, args, kwargs):
     self._depth += 1
     if self._depth > 1: return None                                       # a step that calls super().step(): torch runs the hooks for both
     args, kwargs = _run_closure(args, kwargs)
+    if self._seen is None: check_current(self.model, self.names, self.params)
     if self._versions() != self._seen: self._resync()
-    self._before([p.grad for p in self.params])
+    self._before(self.shards.parts([p.grad for p in self.params]))
     return args, kwargs
 
 @patch
@@ -205,11 +212,11 @@ def _resync(self:Pruner): self.apply_mask()                                  # s
 @patch
 def _before(self:Pruner, grads): pass                                        # gradients are ready, the optimiser is about to move
 @patch
-def _after(self:Pruner): torch._foreach_mul_(self.params, self._masks)       # it has moved
+def _after(self:Pruner): torch._foreach_mul_(self._local, self._masks)       # it has moved
 @patch
 def _advance(self:Pruner): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #6f6c6e92
+# %% ../nbs/03_pruner.ipynb #79132101
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
@@ -217,9 +224,9 @@ def apply_mask(self:Pruner,
 ):
     "Zeroes the absent weights"
     plain = lambda name: name.replace('_orig_mod.', '').removeprefix('module.')         # what compiled models and averages put before names
+    reshard(self.model if model is None else model)
     own = {} if model is None else {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    params = self.params if model is None else [own[plain(n)] for n in self.names]
-    torch._foreach_mul_(params, self._masks)
+    torch._foreach_mul_(self._local if model is None else [local(own[plain(n)]) for n in self.names], self._masks)
 
 @patch(as_prop=True)
 def keep(self:Pruner)->int:
@@ -229,7 +236,7 @@ def keep(self:Pruner)->int:
 @patch(as_prop=True)
 def left(self:Pruner)->int:
     "How many weights are present now (waits for the device)"
-    return int(self.mask.count_nonzero())
+    return int(self.shards.sum(self.mask, torch.count_nonzero))
 
 @patch(as_prop=True)
 def density(self:Pruner)->float:
@@ -239,7 +246,7 @@ def density(self:Pruner)->float:
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #d1c2d3f0
+# %% ../nbs/03_pruner.ipynb #01e15df7
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
@@ -251,8 +258,8 @@ def density_table(
 @patch
 def layers(self:Pruner)->list[dict]: # layer, shape, weights, left, density; the total in the last row
     "What is left, per layer"
-    left = torch.stack([m.count_nonzero() for m in self._masks]).tolist()
-    rows = [dict(layer=n, shape=tuple(p.shape), weights=s, left=k, density=k/s) for n, p, s, k in zip(self.names, self.params, self.sizes, left)]
+    left = self.shards.reduce(torch.stack([m.count_nonzero() for m in self._masks])).tolist()
+    rows = [dict(layer=n, shape=tuple(p.shape), weights=p.numel(), left=k, density=k/p.numel()) for n, p, k in zip(self.names, self.params, left)]
     return rows + [dict(layer='total', shape=(), weights=self.d, left=sum(left), density=sum(left)/self.d)]
 
 @patch
@@ -269,16 +276,17 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #ec8ec69f
+# %% ../nbs/03_pruner.ipynb #5d5abf7b
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here"
-    return dict(kind=type(self).__name__, names=self.names, sizes=self.sizes, sparsity=self.sparsity, steps=self.steps, step=self.step, mask=self.mask)
+    return dict(kind=type(self).__name__, names=self.names, sizes=self.sizes, sparsity=self.sparsity, steps=self.steps, step=self.step, mask=self.mask, place=self.shards.place)
 
 @patch
 @torch.no_grad()
 def load_state_dict(self:Pruner, state:dict):
     "Goes on from `state`; masks, and so the model's zeros, become those of the state"
+    self.shards.check_place(state.get('place'))
     for key, mine in dict(kind=type(self).__name__, names=self.names, sizes=self.sizes).items():
         if state.get(key) != mine: raise ValueError(f"this state belongs to another pruner: its {key} is {state.get(key)!r}, here it is {mine!r}")
     self.sparsity, self.steps, self.step = state['sparsity'], state['steps'], state['step']

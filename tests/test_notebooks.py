@@ -52,7 +52,7 @@ def test_package_is_in_step_with_notebooks(checkout, tmp_path):
     for o in ('nbs', 'pyproject.toml', 'settings.ini'):
         (shutil.copytree if (root/o).is_dir() else shutil.copy2)(root/o, tmp_path/o)
     (tmp_path/'hyperflux').mkdir()
-    shutil.copy2(root/'hyperflux/__init__.py', tmp_path/'hyperflux')
+    for o in ('__init__.py', '__main__.py'): shutil.copy2(root/'hyperflux'/o, tmp_path/'hyperflux')
     run('nbdev-export', cwd=tmp_path)
     exported, kept = ({p.name for p in (o/'hyperflux').glob('*.py')} for o in (tmp_path, root))
     assert exported == kept, 'hyperflux/ holds other modules than the notebooks export'
