@@ -20,7 +20,7 @@ def processor():
 def git_commit():
     "The commit that ran, with '+' if the package or the benchmarks differ from it; None outside of git"
     git = lambda *a: subprocess.run(['git', *a], cwd=root, text=True, capture_output=True, check=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--', 'hyperflux', 'benchmarks'))
+    try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', 'hyperflux', 'benchmarks'))
     except (OSError, subprocess.CalledProcessError): return None
 
 
