@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'Run', 'train_epoch', 'fit']
 
-# %% ../nbs/06_train.ipynb #26a0f5ae
+# %% ../nbs/06_train.ipynb #e297e200
 import contextlib, dataclasses, functools, json, math, time
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .pruner import select
 from .recipes import Config, learning_rate
 from .results import clear_run, summary, summary_text, write_history, write_results
 
-# %% ../nbs/06_train.ipynb #366bbd00
+# %% ../nbs/06_train.ipynb #5bd21dd6
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -47,7 +47,7 @@ def evaluate(
     right, five, loss, n = world.sum(sum(rows)).tolist()
     return dict(accuracy=100*right/n, top5=100*five/n, loss=loss/n)
 
-# %% ../nbs/06_train.ipynb #1456cc9e
+# %% ../nbs/06_train.ipynb #096f673c
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self,
@@ -98,7 +98,7 @@ def _start_from(self:Run, path):
     skipped = load_weights(self.model, path)['skipped']
     if skipped and self.world.main: print(f"{path}: not taken: " + '; '.join(f'{k} ({why})' for k, why in list(skipped.items())[:4]) + ' …'*(len(skipped) > 4))
 
-# %% ../nbs/06_train.ipynb #c4244a4a
+# %% ../nbs/06_train.ipynb #88a3e578
 @patch
 def _new_optimizer(self:Run):
     c, params = self.config, list(self.model.parameters())
@@ -114,7 +114,7 @@ def start_pruning(self:Run):
     self._new_optimizer()
     self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
 
-# %% ../nbs/06_train.ipynb #ed371cc1
+# %% ../nbs/06_train.ipynb #03cf9779
 @patch
 def backward(self:Run, x, y, total):
     "Adds this process's part of the gradient of the mean over `total` images; returns its part of the loss"
@@ -138,7 +138,7 @@ def update(self:Run):
     self.scaler.step(self.optimizer)
     self.scaler.update()
 
-# %% ../nbs/06_train.ipynb #9da8aa49
+# %% ../nbs/06_train.ipynb #9eb9d3fc
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -164,9 +164,9 @@ def _progress(run, rate):
     loss, p = float(run.world.sum(torch.as_tensor(run.loss)))/run.batch, run.pruner
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
-    return f"{run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}, pressure {p.gamma:.3g}" if p else '')
+    return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}, pressure {p.gamma:.3g}" if p else '')
 
-# %% ../nbs/06_train.ipynb #1b2b3e99
+# %% ../nbs/06_train.ipynb #3c449abe
 def fit(
     config:Config=Config(),
     out=None, # Folder for the checkpoints and all results; None: nothing is written
@@ -188,14 +188,14 @@ def fit(
     if tensorboard: _check_tensorboard(out)
     folder = None if out is None else _folder(Path(out), config, resume, overwrite, world)
     if resume: run.load(checkpoints(folder)[-1])
-    log = _tensorboard(folder, run) if tensorboard and world.main else lambda row: None
-    save, bar = (lambda: folder and run.save(folder)), _bar(range(run.epoch, config.epochs), progress and world.main)
-    for _ in bar:
+    log = tensorboard_log(folder, run.epoch) if tensorboard and world.main else lambda row: None
+    save, bar = (lambda: folder and run.save(folder)), _bar(run, progress and world.main)
+    while not run.finished:
         began = time.perf_counter()
         if run.epoch == config.dense_epochs and run.pruner is None:
             run.dense_accuracy = run.evaluate()['accuracy']
             run.start_pruning()
-        stage, loss = run.stage, train_epoch(run, lambda text: setattr(bar, 'comment', text), save, save_steps)
+        stage, loss = run.stage, train_epoch(run, bar, save, save_steps)
         run.epoch += 1
         run.history.append(_row(run, stage, loss))
         run.seconds += time.perf_counter() - began
@@ -206,7 +206,7 @@ def fit(
     world.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #0bf3a15f
+# %% ../nbs/06_train.ipynb #2a47c651
 @patch
 def evaluate(self:Run)->dict: return evaluate(self.model, self.test_loader, self.world, self.context)
 
@@ -224,31 +224,17 @@ def _row(run, stage, loss):
         p.meter.reset()
     return row
 
-def _bar(it, progress):
-    "The epochs, with a progress bar if it is wanted"
-    if not progress: return _Quiet(it)
+def _bar(run, wanted):
+    "Shows how many of the steps to come are done, and a line of text"
+    start, todo = run.step, run.config.epochs*len(run.train_loader) - run.step
+    if not wanted or not todo: return lambda text: None
     from fastprogress.fastprogress import progress_bar        # brings a web toolkit with it: not on import
-    return progress_bar(it)
-
-class _Quiet(list):
-    "What a progress bar is when nobody looks"
-    comment = ''
-
-def _check_tensorboard(out):
-    "Can it be written?"
-    if out is None: raise ValueError("TensorBoard needs a folder to write to: give out=")
-    try: import torch.utils.tensorboard # noqa: F401
-    except ImportError as e: raise ValueError("TensorBoard is not installed: pip install 'hyperflux[tensorboard]', or leave out --tensorboard") from e
-
-def _tensorboard(folder, run):
-    "Writes the rows of history where TensorBoard looks for them"
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder/'tensorboard', purge_step=run.epoch + 1)
-    def log(row):
-        for k, v in row.items():
-            if k not in ('epoch', 'stage'): writer.add_scalar(k, v, row['epoch'])
-        writer.flush()
-    return log
+    bar = progress_bar(range(todo))
+    bar.update(0)
+    def show(text):
+        bar.comment = text
+        bar.update(run.step - start)
+    return show
 
 def _folder(folder, config, resume, overwrite, world):
     "The folder, made and writable, or a clear error before any work is done"
@@ -265,7 +251,7 @@ def _folder(folder, config, resume, overwrite, world):
     if resume and not checkpoints(folder): raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume to start")
     return folder
 
-# %% ../nbs/06_train.ipynb #561d83f7
+# %% ../nbs/06_train.ipynb #6b90a59d
 @patch
 def save(self:Run, folder):
     "One more checkpoint; all processes take part, rank 0 writes"
