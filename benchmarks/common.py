@@ -65,8 +65,11 @@ def resume(
     "Goes on with a record that is there"
     if not path or not Path(path).exists(): return record
     old, new = json.loads(Path(path).read_text(encoding='utf-8')), json.loads(json.dumps(record))
-    origin = lambda r: {k: r.get(k) for k in ('benchmark', 'smoke', 'commit', 'torch', *same)} | {'gpu': r.get('hardware', {}).get('gpu')}
-    differ = [f'{k} {a!r} there, {b!r} here' for (k, a), b in zip(origin(old).items(), origin(new).values()) if a != b]
+    def origin(r):
+        fields = {k: r.get(k) for k in ('benchmark', 'smoke', 'commit', 'torch', *same)} | {'gpu': r.get('hardware', {}).get('gpu')}
+        return {f'{k} {j}'.strip(): x for k, v in fields.items() for j, x in (v.items() if isinstance(v, dict) else [('', v)])}
+    was, now = origin(old), origin(new)
+    differ = [f'{k} {was.get(k)!r} there, {now.get(k)!r} here' for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)]
     if differ: raise ValueError(f"{path} holds a record of another origin ({'; '.join(differ)}): --fresh begins anew, another --out keeps both")
     lines = [*old['command'].split('; '), record['command']]
     return record | dict(command='; '.join(dict.fromkeys(lines))) | {k: old[k] for k, v in record.items() if isinstance(v, list) and k in old}
