@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flux', 'FluxMeter', 'format_table', 'plot_flux']
 
-# %% ../nbs/01_flux.ipynb #8fe40cf0
+# %% ../nbs/01_flux.ipynb #197d0dd9
 import math, torch
 from typing import Callable
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .pressure import nth_largest
 
-# %% ../nbs/01_flux.ipynb #94130041
+# %% ../nbs/01_flux.ipynb #2ff83982
 def flux(
     weight:Tensor, # ω, the kept values of the weights, of absent ones too; any shape
     grad:Tensor, # g = ∂L/∂θ at the θ the network computed with, of the same shape
@@ -23,7 +23,7 @@ def flux(
     if weight.shape != grad.shape: raise ValueError(f"a flux needs one gradient per weight: got {tuple(weight.shape)} and {tuple(grad.shape)}")
     return weight*grad*-slope
 
-# %% ../nbs/01_flux.ipynb #9eecf6c5
+# %% ../nbs/01_flux.ipynb #6bca87e1
 class FluxMeter:
     "Mean flux, births and deaths of every weight since the last reset; all weights in one flat vector, layer after layer"
     def __init__(self,
@@ -63,7 +63,7 @@ class FluxMeter:
         for v in (self.total, self.births, self.deaths): v.zero_()
         self.updates = 0
 
-# %% ../nbs/01_flux.ipynb #033ac014
+# %% ../nbs/01_flux.ipynb #188b6695
 @patch
 def _per_layer(self:FluxMeter, *flat, how=torch.sum, op='sum'):
     "[layers, len(flat), ...]: `how` of every layer of every vector, over all processes"
@@ -126,7 +126,7 @@ def histogram(self:FluxMeter,
     return dict(edges=[10**(lo + (hi - lo)*i/bins) for i in range(bins + 1)], present=present[:bins], absent=absent[:bins],
         zero_present=present[bins], zero_absent=absent[bins])
 
-# %% ../nbs/01_flux.ipynb #259db622
+# %% ../nbs/01_flux.ipynb #aba5fdc7
 @patch(as_prop=True)
 def bytes_per_weight(self:FluxMeter)->int:
     "Memory for each weight: the sum of flux, births, deaths and the mask"
@@ -142,7 +142,7 @@ def load_state_dict(self:FluxMeter, state:dict):
     for k in ('total', 'births', 'deaths', 'mask'): getattr(self, k).copy_(state[k])
     self.updates = state['updates']
 
-# %% ../nbs/01_flux.ipynb #e3a7fdb6
+# %% ../nbs/01_flux.ipynb #3f1f83f0
 def format_table(
     head:list[str], # Column titles
     rows:list[list[str]], # Cells, one list a row
@@ -170,7 +170,7 @@ def __repr__(self:FluxMeter): return self.text()
 @patch
 def _repr_markdown_(self:FluxMeter): return self.text(markdown=True)
 
-# %% ../nbs/01_flux.ipynb #a89246c6
+# %% ../nbs/01_flux.ipynb #82d5a916
 def plot_flux(
     hist:dict, # From `FluxMeter.histogram`
     ax=None, # Where to draw; a new figure if not given

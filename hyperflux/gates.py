@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Heaviside', 'heaviside', 'initial_presence', 'Gate', 'Gated']
 
-# %% ../nbs/00_gates.ipynb #e4b327f6
+# %% ../nbs/00_gates.ipynb #587500ed
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# %% ../nbs/00_gates.ipynb #cc8e7ef2
+# %% ../nbs/00_gates.ipynb #4fea898c
 class Heaviside(torch.autograd.Function):
     "The step H(t) on the way forward; the slope of a straight line on the way back"
     @staticmethod
@@ -28,7 +28,7 @@ def heaviside(
     "H(t), with the constant `slope` for a derivative"
     return Heaviside.apply(t, slope)
 
-# %% ../nbs/00_gates.ipynb #2cff1d6c
+# %% ../nbs/00_gates.ipynb #cf36e600
 def initial_presence(
     n:int, # How many weights
     low:float=.2, # The lowest first presence, above 0 so that all weights are present
@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     def forward(self, w:Tensor)->Tensor: return w*heaviside(self.presence, self.slope)
 
-# %% ../nbs/00_gates.ipynb #6923f6c5
+# %% ../nbs/00_gates.ipynb #bf81afa9
 class Gated(nn.Module):
     "Any network with gates in the graph on the named weights"
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03b_hyperflux.ipynb #c883d93a
+# %% ../nbs/03b_hyperflux.ipynb #65f55f8e
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -20,7 +20,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 presence_lr)
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/03b_hyperflux.ipynb #f5187333
+# %% ../nbs/03b_hyperflux.ipynb #059543cf
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -73,7 +73,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03b_hyperflux.ipynb #80dda23c
+# %% ../nbs/03b_hyperflux.ipynb #064120d8
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -82,7 +82,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03b_hyperflux.ipynb #1b46edfb
+# %% ../nbs/03b_hyperflux.ipynb #2bd3972c
 class Hyperflux(Pruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -109,13 +109,14 @@ class Hyperflux(Pruner):
         self.meter = FluxMeter(self.sizes, self.names, self.device, self.dtype, self.shards.reduce if self.shards.cuts else None) if meter else None
         self._make_gates(seed, compile)
 
-# %% ../nbs/03b_hyperflux.ipynb #a8409d18
+# %% ../nbs/03b_hyperflux.ipynb #6d98020c
 @patch
 def _make_gates(self:Hyperflux, seed, compile):
     "The gates' flat vectors, their views by layer, and Adam over the views"
     S = self.settings
-    self.presence, self.value, self._pull, self._moments = self._flat(), self._gather(self.params), self._flat(), (self._flat(), self._flat())
+    self.presence, self.value, self._pull, self._moments = self._flat(), self._flat(), self._flat(), (self._flat(), self._flat())
     self._presences, self._values, self._pulls = map(self._views, (self.presence, self.value, self._pull))
+    torch._foreach_copy_(self._values, [w.detach() for w in self._local])
     g = torch.Generator().manual_seed(seed)
     for i, (p, t) in enumerate(zip(self.params, self._presences)):               # one layer at a time: of it, a process may need a part only
         t.copy_(self.shards.piece(i, initial_presence(p.numel(), S.low, S.high, g, self.dtype)))
@@ -128,7 +129,7 @@ def _make_gates(self:Hyperflux, seed, compile):
     self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
     self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03b_hyperflux.ipynb #ffb4e0cb
+# %% ../nbs/03b_hyperflux.ipynb #1c536940
 @patch
 def _before(self:Hyperflux, grads):
     self._missing = [i for i, g in enumerate(grads) if g is None]
@@ -145,7 +146,7 @@ def _before(self:Hyperflux, grads):
         self._swapped = True
     if present: torch._foreach_mul_(present, have(self._masks))                 # g ← H(t)·g
 
-# %% ../nbs/03b_hyperflux.ipynb #96fc5ab9
+# %% ../nbs/03b_hyperflux.ipynb #9bd2b5f9
 @patch
 def _after(self:Hyperflux):
     if self._swapped:
@@ -180,7 +181,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03b_hyperflux.ipynb #adee1b93
+# %% ../nbs/03b_hyperflux.ipynb #2af1a68c
 @patch
 def _adopt(self:Hyperflux):
     for p, v, h in zip(self._local, self._values, self._masks): v.copy_(torch.where((h > 0) | (p != 0), p, v))
@@ -195,7 +196,7 @@ def _restore(self:Hyperflux):
     torch._foreach_copy_(self._local, self._values)
     self.apply_mask()
 
-# %% ../nbs/03b_hyperflux.ipynb #d9c79a46
+# %% ../nbs/03b_hyperflux.ipynb #0876fc63
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -266,10 +267,10 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03b_hyperflux.ipynb #eb83d2c2
+# %% ../nbs/03b_hyperflux.ipynb #a1a1e7fd
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
-    "All that is needed to go on from here"
+    "All that is needed to go on from here, of this process's part"
     with torch.no_grad(): self._adopt()                                        # once landed, ω is not kept up to date at every step
     return dict(Pruner.state_dict(self), presence=self.presence, value=self.value, moments=list(self._moments), count=self._count,
                 counts=[n.item() for n in self._steps], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prunable', 'select', 'check_steps', 'Pruner', 'density_table']
 
-# %% ../nbs/03_pruner.ipynb #32c14048
+# %% ../nbs/03_pruner.ipynb #6322c6d1
 import difflib, functools, gc, re, types, weakref
 from typing import Callable
 
@@ -17,7 +17,7 @@ from .flux import format_table
 from .pressure import check_sparsity
 from .shards import Shards, check_current, local, reshard, sharded
 
-# %% ../nbs/03_pruner.ipynb #51e5fc71
+# %% ../nbs/03_pruner.ipynb #3b5a68eb
 _LAYERS = nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention      # _ConvNd: Conv1d to Conv3d and their transposes
 _WEIGHTS = 'weight', 'in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'
 
@@ -33,7 +33,7 @@ def prunable(
             if p is not None and p.requires_grad and id(p) not in embedded: found.setdefault(id(p), (f'{prefix}.{n}'.lstrip('.'), p))
     return dict(found.values())
 
-# %% ../nbs/03_pruner.ipynb #9e7b4911
+# %% ../nbs/03_pruner.ipynb #1c6978f7
 def _matches(model, pattern):
     "ids of the parameters that one pattern means"
     params = list(model.named_parameters(remove_duplicate=False))
@@ -72,7 +72,7 @@ def select(
                          + (" is left after targets= and ignore=" if targets is not None or ignore else "; name some with targets="))
     return weights
 
-# %% ../nbs/03_pruner.ipynb #525ff5fe
+# %% ../nbs/03_pruner.ipynb #3ab3ba8e
 def _run_closure(args, kwargs):
     "Evaluates the closure of `step(closure)` now, and has the optimiser be told the result"
     closure = kwargs.get('closure', args[1] if len(args) > 1 else None)
@@ -86,7 +86,7 @@ def _run_closure(args, kwargs):
         return loss
     return (args[:1], {**kwargs, 'closure': replay}) if 'closure' in kwargs else ((args[0], replay, *args[2:]), kwargs)
 
-# %% ../nbs/03_pruner.ipynb #ccd6cb32
+# %% ../nbs/03_pruner.ipynb #90fb910b
 def _guard(
     optimizer:torch.optim.Optimizer,
     undo:Callable, # Called if `optimizer.step` raises
@@ -105,8 +105,12 @@ def _guard(
         if optimizer.__dict__.get('step') is bound: optimizer.step = inner
     return remove
 
-# %% ../nbs/03_pruner.ipynb #da508e61
+# %% ../nbs/03_pruner.ipynb #bb611628
 _attached = weakref.WeakValueDictionary()            # id of a parameter → the pruner that works on it
+
+def _like(flat, w, cut):
+    "A flat vector in the shape of `w`, and in its order in memory if w is whole"
+    return flat.view_as(w) if cut else flat.as_strided(w.shape, torch.empty_like(w, device='meta').stride())
 
 def check_steps(
     steps:int, # Optimiser steps to come; ValueError if it is not a whole number above 0
@@ -119,12 +123,14 @@ def _check_optimizer(optimizer, weights):
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates its closure several times a step, with weights that a pruner would have to mask each time: use SGD, Adam or another first-order optimiser")
     if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}")
+    if not hasattr(optimizer, '_optimizer_step_pre_hooks'):              # a wrapper that never called Optimizer.__init__, such as Accelerate's
+        raise TypeError(f"{type(optimizer).__name__} wraps an optimiser and fires no hooks of its own: give the pruner the inner one, which is probably its attribute .optimizer")
     trained = {id(p) for group in optimizer.param_groups for p in group['params']}
     missing = [n for n, p in weights.items() if id(p) not in trained]
     if missing: raise ValueError(f"not in the optimiser: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; add them, freeze them, or leave them out with ignore="
                                  + (" (with fully_shard: shard, then make the optimiser, before any forward pass or after model.reshard())" if any(map(sharded, weights.values())) else ""))
 
-# %% ../nbs/03_pruner.ipynb #d1ab7c39
+# %% ../nbs/03_pruner.ipynb #69e941ce
 class Pruner:
     "Keeps a mask on chosen weights while any optimiser trains them; methods subclass it"
     def __init__(self,
@@ -155,10 +161,11 @@ class Pruner:
         self.attach()
 
     @property
+    def _order(self): return [[d for d in sorted(range(m.ndim), key=m.stride, reverse=True) if m.shape[d] > 1] for m in self._masks]     # dimensions, from the slowest to the fastest
+    @property
     def _local(self): return self.shards.parts(self.params)              # asked for each time: FSDP2 may give a parameter another tensor
     def _flat(self, value=0.): return torch.full((sum(self.sizes),), value, device=self.device, dtype=self.dtype)
-    def _views(self, flat): return [v.view_as(w) for v, w in zip(flat.split(self.sizes), self._local)]
-    def _gather(self, tensors): return torch.cat([local(x).detach().flatten().to(self.dtype) for x in tensors])
+    def _views(self, flat): return [_like(v, w, bool(self.shards.cuts)) for v, w in zip(flat.split(self.sizes), self._local)]
     def _versions(self): return [(w._version, w.data_ptr()) for w in self._local] + ([p._version for p in self.params] if self.shards.cuts else [])
 
     def attach(self):
@@ -166,8 +173,8 @@ class Pruner:
         if any(id(p) in _attached for p in self.params): gc.collect()    # a pruner nobody holds any more may still await collection
         for n, p in zip(self.names, self.params):
             if id(p) in _attached: raise ValueError(f"{n} already has a pruner ({type(_attached[id(p)]).__name__}): call its detach() first")
-        for p in self.params: _attached[id(p)] = self
         self._handles = [self.optimizer.register_step_pre_hook(self._pre), self.optimizer.register_step_post_hook(self._post)]
+        for p in self.params: _attached[id(p)] = self
         self._unguard, self._depth, self._seen = _guard(self.optimizer, self._undo), 0, None   # None: the weights may have changed
         return self
 
@@ -178,7 +185,7 @@ class Pruner:
         for p in self.params:
             if _attached.get(id(p)) is self: del _attached[id(p)]
 
-# %% ../nbs/03_pruner.ipynb #7fa0db0a
+# %% ../nbs/03_pruner.ipynb #792eb0a4
 @patch
 @torch.no_grad()
 def _pre(self:Pruner, optimizer, args, kwargs):
@@ -187,7 +194,7 @@ def _pre(self:Pruner, optimizer, args, kwargs):
     args, kwargs = _run_closure(args, kwargs)
     if self._seen is None: check_current(self.model, self.names, self.params)
     if self._versions() != self._seen: self._resync()
-    self._before(self.shards.parts([p.grad for p in self.params]))
+    self._before(self.shards.gradients())
     return args, kwargs
 
 @patch
@@ -216,7 +223,7 @@ def _after(self:Pruner): torch._foreach_mul_(self._local, self._masks)       # i
 @patch
 def _advance(self:Pruner): pass                                              # schedules live here
 
-# %% ../nbs/03_pruner.ipynb #79132101
+# %% ../nbs/03_pruner.ipynb #6c9bae37
 @patch
 @torch.no_grad()
 def apply_mask(self:Pruner,
@@ -226,7 +233,8 @@ def apply_mask(self:Pruner,
     plain = lambda name: name.replace('_orig_mod.', '').removeprefix('module.')         # what compiled models and averages put before names
     reshard(self.model if model is None else model)
     own = {} if model is None else {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    torch._foreach_mul_(self._local if model is None else [local(own[plain(n)]) for n in self.names], self._masks)
+    params = self._local if model is None else [local(own[plain(n)]) for n in self.names]
+    torch._foreach_mul_(params, self._masks if params[0].device == self.device else [m.to(p.device) for m, p in zip(self._masks, params)])
 
 @patch(as_prop=True)
 def keep(self:Pruner)->int:
@@ -235,18 +243,18 @@ def keep(self:Pruner)->int:
 
 @patch(as_prop=True)
 def left(self:Pruner)->int:
-    "How many weights are present now (waits for the device)"
+    "How many weights are present now (waits for the device, and asks all processes that hold a part)"
     return int(self.shards.sum(self.mask, torch.count_nonzero))
 
 @patch(as_prop=True)
 def density(self:Pruner)->float:
-    "Share of the chosen weights that is present now (waits for the device)"
+    "Share of the chosen weights that is present now (as `left`)"
     return self.left/self.d
 
 @patch(as_prop=True)
 def stage(self:Pruner)->str: return 'training' if self.step < self.steps else 'done'
 
-# %% ../nbs/03_pruner.ipynb #01e15df7
+# %% ../nbs/03_pruner.ipynb #4e22b388
 def density_table(
     rows:list[dict], # Of `Pruner.layers`
     markdown:bool=False,
@@ -276,11 +284,12 @@ def __str__(self:Pruner): return self._headline() + '\n' + density_table(self.la
 @patch
 def _repr_markdown_(self:Pruner): return self._headline() + '\n\n' + density_table(self.layers(), markdown=True)
 
-# %% ../nbs/03_pruner.ipynb #5d5abf7b
+# %% ../nbs/03_pruner.ipynb #769493cc
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
-    "All that is needed to go on from here"
-    return dict(kind=type(self).__name__, names=self.names, sizes=self.sizes, sparsity=self.sparsity, steps=self.steps, step=self.step, mask=self.mask, place=self.shards.place)
+    "All that is needed to go on from here, of this process's part"
+    return dict(kind=type(self).__name__, names=self.names, sizes=self.sizes, sparsity=self.sparsity, steps=self.steps, step=self.step, mask=self.mask, place=self.shards.place,
+                order=self._order)
 
 @patch
 @torch.no_grad()
@@ -289,6 +298,8 @@ def load_state_dict(self:Pruner, state:dict):
     self.shards.check_place(state.get('place'))
     for key, mine in dict(kind=type(self).__name__, names=self.names, sizes=self.sizes).items():
         if state.get(key) != mine: raise ValueError(f"this state belongs to another pruner: its {key} is {state.get(key)!r}, here it is {mine!r}")
+    if state.get('order', self._order) != self._order:
+        raise ValueError("the weights of this state lie in memory in another order: bring the model to the same memory_format (channels_last, say) before the pruner is made")
     self.sparsity, self.steps, self.step = state['sparsity'], state['steps'], state['step']
     self.mask.copy_(state['mask'])
     self._load(state)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sharded', 'local', 'reshard', 'check_current', 'Shards']
 
-# %% ../nbs/03a_shards.ipynb #f27d90bc
+# %% ../nbs/03a_shards.ipynb #5bd40ef2
 import itertools, sys
 
 import torch, torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .pressure import land_, nth_largest, shift_
 
-# %% ../nbs/03a_shards.ipynb #f87967da
+# %% ../nbs/03a_shards.ipynb #fc3cca6b
 def _loaded(module, name): return getattr(sys.modules.get(module), name, ())         # isinstance(x, ()) is False
 
 def sharded(
@@ -52,7 +52,7 @@ def check_current(
     if gone: raise RuntimeError(f"{gone[0]} is no longer the model's: it was replaced after the pruner was made, as fully_shard does; "
                                 "shard first, then make the optimiser, then the pruner")
 
-# %% ../nbs/03a_shards.ipynb #8aeb75c1
+# %% ../nbs/03a_shards.ipynb #72d31501
 class Shards:
     "How the weights of a pruner lie over the processes. Whatever counts or puts together is collective, if anything is cut"
     def __init__(self,
@@ -68,60 +68,23 @@ class Shards:
         "As they are, if nothing is cut"
         return list(map(local, tensors)) if self.cuts else tensors
 
-    @property
-    def place(self)->list[str]|None: # One for each layer; None if nothing is cut
-        "Which part this process holds, for telling one sharding from another"
-        if not self.cuts: return None
-        def where(p):
-            if not sharded(p): return 'whole'
-            mesh, cut = p.device_mesh, [(k, s) for k, s in enumerate(p.placements) if not s.is_replicate()]
-            return ', '.join([f"{tuple(local(p).shape)} of {tuple(p.shape)}"] + [f"part {mesh.get_local_rank(k)} of {mesh.size(k)} along dimension {s.dim}" for k, s in cut])
-        return [where(p) for p in self.params]
+    def gradients(self)->list: # None where there is none
+        "What this process holds of them"
+        grads = [p.grad for p in self.params]
+        for p, g in zip(self.params, grads) if self.cuts else ():
+            if sharded(g) and g.placements != p.placements:
+                raise RuntimeError(f"the gradient of a weight of shape {tuple(p.shape)} is laid out as {g.placements}, the weight as {p.placements}: redistribute the gradient before the step")
+        return self.parts(grads)
 
-    def reduce(self,
-        rows:Tensor, # [layers, ...], of the part here
-        op:str='sum', # or 'max'
-    )->Tensor: # [layers, ...], of all parts, the same in every process
-        "Sum or maximum over the parts of each layer"
-        if not self.cuts: return rows
-        rows = rows.clone()
-        for (mesh, dims), layers in self.cuts.items():
-            part = rows[layers].to(mesh.device_type)
-            for k in dims: dist.all_reduce(part, getattr(dist.ReduceOp, op.upper()), group=mesh.get_group(k))
-            rows[layers] = part.to(rows.device)
-        return rows
-
-    def rows(self,
-        flat:Tensor, # Over all layers' parts here
-        how=torch.sum,
-    )->Tensor: # [layers]
-        "Sums of the layers"
-        return self.reduce(torch.stack([how(v) for v in flat.split(self.sizes)]))
-
-    def sum(self, flat:Tensor, how=torch.sum)->Tensor:
-        "Sum of all"
-        return self.rows(flat, how).sum() if self.cuts else how(flat)
-
-    def piece(self,
-        i:int, # Which layer
-        whole:Tensor, # All of it, the same in every process; any shape
-    )->Tensor:
-        "Cuts this process's part out of a whole layer"
-        p, whole = self.params[i], whole.view(self.params[i].shape)
-        if not sharded(p): return whole
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local().to(whole.device)
-
-    def whole(self,
-        i:int, # Which layer
-        part:Tensor, # The part here, of any shape
-    )->Tensor: # Of the layer's shape, the same in every process
-        "Puts the parts of one layer together"
-        p = self.params[i]
-        if not sharded(p): return part.view(p.shape)
-        from torch.distributed.tensor import DTensor
-        part = part.view(local(p).shape).to(p.device_mesh.device_type)
-        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
+@patch(as_prop=True)
+def place(self:Shards)->list[str]|None: # One for each layer; None if nothing is cut
+    "Which part this process holds, for telling one sharding from another"
+    if not self.cuts: return None
+    def where(p):
+        if not sharded(p): return 'whole'
+        mesh, cut = p.device_mesh, [(k, s) for k, s in enumerate(p.placements) if not s.is_replicate()]
+        return ', '.join([f"{tuple(local(p).shape)} of {tuple(p.shape)}"] + [f"part {mesh.get_local_rank(k)} of {mesh.size(k)} along dimension {s.dim}" for k, s in cut])
+    return [where(p) for p in self.params]
 
 @patch
 def check_place(self:Shards,
@@ -133,7 +96,58 @@ def check_place(self:Shards,
     a, b = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
     raise ValueError(f"this state is one process's part of another sharding: there {a}, here {b}; each process loads the state that it saved itself, in the same sharding")
 
-# %% ../nbs/03a_shards.ipynb #860f55df
+# %% ../nbs/03a_shards.ipynb #80cf8d5b
+@patch
+def reduce(self:Shards,
+    rows:Tensor, # [layers, ...], of the part here
+    op:str='sum', # or 'max'
+)->Tensor: # [layers, ...], of all parts, the same in every process
+    "Sum or maximum over the parts of each layer"
+    if not self.cuts: return rows
+    rows = rows.clone()
+    for (mesh, dims), layers in self.cuts.items():
+        part = rows[layers].to(mesh.device_type)
+        for k in dims: dist.all_reduce(part, getattr(dist.ReduceOp, op.upper()), group=mesh.get_group(k))
+        rows[layers] = part.to(rows.device)
+    return rows
+
+@patch
+def rows(self:Shards,
+    flat:Tensor, # Over all layers' parts here
+    how=torch.sum,
+)->Tensor: # [layers]
+    "Sums of the layers"
+    return self.reduce(torch.stack([how(v) for v in flat.split(self.sizes)]))
+
+@patch
+def sum(self:Shards, flat:Tensor, how=torch.sum)->Tensor:
+    "Sum of all"
+    return self.rows(flat, how).sum() if self.cuts else how(flat)
+
+@patch
+def piece(self:Shards,
+    i:int, # Which layer
+    whole:Tensor, # All of it, the same in every process; any shape
+)->Tensor:
+    "Cuts this process's part out of a whole layer"
+    p, whole = self.params[i], whole.view(self.params[i].shape)
+    if not sharded(p): return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local().to(whole.device)
+
+@patch
+def whole(self:Shards,
+    i:int, # Which layer
+    part:Tensor, # The part here, of any shape
+)->Tensor: # Of the layer's shape, the same in every process
+    "Puts the parts of one layer together"
+    p = self.params[i]
+    if not sharded(p): return part.view(p.shape)
+    from torch.distributed.tensor import DTensor
+    part = part.view(local(p).shape).to(p.device_mesh.device_type)
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
+
+# %% ../nbs/03a_shards.ipynb #ae0481c6
 @patch
 @torch.no_grad()
 def land_(self:Shards,

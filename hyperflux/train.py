@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'Run', 'train_epoch', 'fit']
 
-# %% ../nbs/06_train.ipynb #e297e200
+# %% ../nbs/06_train.ipynb #62541506
 import contextlib, dataclasses, functools, json, math, time
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from .models import load_weights, make_model
 from .processes import World, wrap
 from .pruner import select
 from .recipes import Config, learning_rate
-from .results import clear_run, summary, summary_text, write_history, write_results
+from .results import check_tensorboard, clear_run, summary, summary_text, tensorboard_log, write_history, write_results
 
-# %% ../nbs/06_train.ipynb #5bd21dd6
+# %% ../nbs/06_train.ipynb #e1f81718
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -47,7 +47,7 @@ def evaluate(
     right, five, loss, n = world.sum(sum(rows)).tolist()
     return dict(accuracy=100*right/n, top5=100*five/n, loss=loss/n)
 
-# %% ../nbs/06_train.ipynb #096f673c
+# %% ../nbs/06_train.ipynb #ff625198
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self,
@@ -98,7 +98,7 @@ def _start_from(self:Run, path):
     skipped = load_weights(self.model, path)['skipped']
     if skipped and self.world.main: print(f"{path}: not taken: " + '; '.join(f'{k} ({why})' for k, why in list(skipped.items())[:4]) + ' …'*(len(skipped) > 4))
 
-# %% ../nbs/06_train.ipynb #88a3e578
+# %% ../nbs/06_train.ipynb #a2d3d0f6
 @patch
 def _new_optimizer(self:Run):
     c, params = self.config, list(self.model.parameters())
@@ -114,7 +114,7 @@ def start_pruning(self:Run):
     self._new_optimizer()
     self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
 
-# %% ../nbs/06_train.ipynb #03cf9779
+# %% ../nbs/06_train.ipynb #8efa00f2
 @patch
 def backward(self:Run, x, y, total):
     "Adds this process's part of the gradient of the mean over `total` images; returns its part of the loss"
@@ -138,7 +138,7 @@ def update(self:Run):
     self.scaler.step(self.optimizer)
     self.scaler.update()
 
-# %% ../nbs/06_train.ipynb #9eb9d3fc
+# %% ../nbs/06_train.ipynb #df5a3c4a
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -166,7 +166,7 @@ def _progress(run, rate):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
     return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}, pressure {p.gamma:.3g}" if p else '')
 
-# %% ../nbs/06_train.ipynb #3c449abe
+# %% ../nbs/06_train.ipynb #3d317ee4
 def fit(
     config:Config=Config(),
     out=None, # Folder for the checkpoints and all results; None: nothing is written
@@ -185,7 +185,7 @@ def fit(
     if resume and overwrite: raise ValueError("resume goes on with a run, overwrite begins anew in its place: choose one of them")
     torch.set_flush_denormal(True)            # the moments of absent weights decay towards 1e-45, where a CPU computes at half the speed
     run = Run(config, data or load_data(config.data, valid=config.valid, size=config.size), device, compile, world)
-    if tensorboard: _check_tensorboard(out)
+    if tensorboard: check_tensorboard(out)
     folder = None if out is None else _folder(Path(out), config, resume, overwrite, world)
     if resume: run.load(checkpoints(folder)[-1])
     log = tensorboard_log(folder, run.epoch) if tensorboard and world.main else lambda row: None
@@ -206,7 +206,7 @@ def fit(
     world.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #2a47c651
+# %% ../nbs/06_train.ipynb #bbc2c2c2
 @patch
 def evaluate(self:Run)->dict: return evaluate(self.model, self.test_loader, self.world, self.context)
 
@@ -251,7 +251,7 @@ def _folder(folder, config, resume, overwrite, world):
     if resume and not checkpoints(folder): raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume to start")
     return folder
 
-# %% ../nbs/06_train.ipynb #6b90a59d
+# %% ../nbs/06_train.ipynb #ac9d8723
 @patch
 def save(self:Run, folder):
     "One more checkpoint; all processes take part, rank 0 writes"

@@ -47,8 +47,9 @@ def train(model, opt, n=10, loss=loss):
 
 def state(p): # All that a step may change
     steps = torch.stack([p.adam.state[t]['step'] for t in p._presences])
-    return dict(theta=flat(p.params), presence=p.presence.clone(), value=p.value.clone(), mask=p.mask.clone(),
-                mean=p._moments[0].clone(), square=p._moments[1].clone(), steps=steps)
+    logical = lambda v: flat(p._views(v))                                     # a vector itself follows the weights' order in memory
+    return dict(theta=flat(p.params), presence=logical(p.presence), value=logical(p.value), mask=logical(p.mask),
+                mean=logical(p._moments[0]), square=logical(p._moments[1]), steps=steps)
 
 
 def assert_same(a, b, *keys):
@@ -58,7 +59,7 @@ def assert_same(a, b, *keys):
 def assert_sparse(p, low=.05, high=.95):
     "Model, values, presences and masks agree, with some weights absent"
     assert torch.equal(p.mask, (p.presence >= 0).to(p.dtype))
-    assert torch.equal(flat(p.params), p.value*p.mask) and p.value.isfinite().all()
+    assert torch.equal(flat(p.params), flat(p._values)*flat(p._masks)) and p.value.isfinite().all()
     assert low < p.density < high
 
 
@@ -752,3 +753,46 @@ def test_refloats_before_the_network_is_empty():
     with pytest.warns(UserWarning, match='under half of the planned'): train(model, opt, 200)
     assert sum(r['stage'] == 'refloated' for r in p.history) > 1
     assert p.left == p.keep and min(r['density'] for r in p.history if r['stage'] == 'regrow') > 0
+
+
+def test_vectors_follow_the_weights_order_in_memory():
+    "In channels_last: the same presence for the same weight, flat views without gaps, and a state that is not read in the wrong order"
+    def make(layout):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1), nn.Flatten(), nn.Linear(2*4*4, 3)).to(memory_format=layout)
+        opt = torch.optim.SGD(net.parameters(), lr=.05, momentum=.9)
+        return net, opt, Hyperflux(net, opt, sparsity=.5, steps=200, seed=3)
+    (a, oa, pa), (b, ob, pb) = make(torch.contiguous_format), make(torch.channels_last)
+    assert b[0].weight.stride() != a[0].weight.stride()
+    assert [v.stride() for v in pb._presences] == [p.stride() for p in pb.params]
+    assert all(s.equal(t) for s, t in zip(pa._presences, pb._presences)) and not pa.presence.equal(pb.presence)
+    assert all(v.equal(p) for v, p in zip(pb._values, pb.params))
+    state = pa.state_dict()
+    with pytest.raises(ValueError, match='lie in memory in another order'): pb.load_state_dict(state)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        x = torch.randn(8, 4, 6, 6, generator=g)
+        for net, opt in (a, oa), (b, ob): opt.zero_grad(); net(x).square().mean().backward(); opt.step()
+    assert pa.left == pb.left == pa.keep
+    same = sum(int((s == t).sum()) for s, t in zip(pa._masks, pb._masks))
+    assert same > .95*pa.d, 'only rounding may tell the two runs apart'
+
+
+def test_a_wrapped_optimizer_is_named_and_a_failed_attempt_leaves_nothing_behind():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer): self.optimizer = optimizer
+    net = nn.Linear(20, 20)
+    opt = torch.optim.SGD(net.parameters(), lr=.1)
+    with pytest.raises(TypeError, match='Wrapper wraps an optimiser and fires no hooks of its own: give the pruner the inner one'):
+        Hyperflux(net, Wrapper(opt), sparsity=.5, steps=400)
+    Hyperflux(net, opt, sparsity=.5, steps=400)
+
+
+def test_an_average_on_another_device_is_masked():
+    net = nn.Linear(20, 20)
+    opt = torch.optim.SGD(net.parameters(), lr=.1)
+    pruner = Hyperflux(net, opt, sparsity=.5, steps=400)
+    pruner.mask[:100] = 0
+    average = nn.Linear(20, 20, device='meta')
+    pruner.apply_mask(average)                                             # no CUDA is needed to see that masks move
+    assert average.weight.device.type == 'meta'
