@@ -6,7 +6,7 @@
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
            'duration', 'plot_run', 'clear_run', 'write_results']
 
-# %% ../nbs/06d_results.ipynb #65767420
+# %% ../nbs/06d_results.ipynb #3b43ec23
 import csv, dataclasses, json, math, zlib
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .checkpoint import atomic, checkpoints
 from .flux import plot_flux
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #98c1e9cc
+# %% ../nbs/06d_results.ipynb #f6331ac2
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -35,7 +35,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #741d19d5
+# %% ../nbs/06d_results.ipynb #4fcc3dfa
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -58,7 +58,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #7cf6901c
+# %% ../nbs/06d_results.ipynb #420859a3
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -94,7 +94,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #c1453e2a
+# %% ../nbs/06d_results.ipynb #2383773f
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -104,34 +104,37 @@ def plot_run(
     import seaborn as sns
     from matplotlib.figure import Figure                      # without pyplot: no window, and nothing to close
     with sns.axes_style('ticks'), sns.color_palette('colorblind'):
-        fig = Figure(figsize=(10, 6 if len(layers) < 25 else 9), layout='constrained')
-        (a, b), (c, d) = fig.subplots(2, 2, height_ratios=(1, 1 if len(layers) < 25 else 2))
+        deep = len(layers) > 13
+        fig = Figure(figsize=(10, 9 if deep else 6), layout='constrained')
+        panels = fig.subplot_mosaic('ab;cd' if flux else 'ab;cc', height_ratios=(1, 2 if deep else 1))
+        a, b, c = (panels[k] for k in 'abc')
         es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
         a.semilogy(es, get('density'), 'C0', label='density'); a.semilogy(es, get('planned'), 'C7--', lw=1, label='planned')
         for ax in a, b: ax.xaxis.get_major_locator().set_params(integer=True)
         a.set(xlabel='epoch', ylabel='density'); a.legend(frameon=False, loc='upper right')
         twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
         b.plot(es, get('accuracy'), 'C2'); b.set(xlabel='epoch', ylabel='accuracy (%)')
-        best = max(get('accuracy')); b.set_ylim(max(0., best - 15), min(100., best + 2))
+        best, least = max(get('accuracy')), min(float(r['accuracy']) for r in history if r['stage'] != 'dense' or r is history[-1])
+        b.set_ylim(max(0., min(best - 15, least - 2)), min(100., best + 2))
         begins = {r['stage']: r['epoch'] - 1 for r in reversed(history)}
         for stage, at in begins.items():
             for ax in a, b: ax.axvline(at, color='.85', lw=.8, zorder=0)
             b.text(at, b.get_ylim()[0], f' {stage}', color='.5', fontsize=8, va='bottom')
         _plot_layers(layers[:-1][::-1], c)
-        if flux: plot_flux(flux, ax=d).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
-        else: d.set_axis_off()
-        for ax in a, b, c, d: sns.despine(ax=ax, right=ax is not a)
+        if flux: plot_flux(flux, ax=panels['d']).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
+        for ax in panels.values(): sns.despine(ax=ax, right=ax is not a)
     return fig
 
 def _plot_layers(rows, ax):
     "What is left per layer; with counts, where there is room for them"
-    few, most = len(rows) < 24, 100*max(r['density'] for r in rows)
+    n, most = len(rows), 100*max(r['density'] for r in rows)
+    counts, size = n <= 30, 8 if n <= 30 else 5
     ax.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color='C0')
-    for i, r in enumerate(rows if few else ()): ax.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=8)
-    if not few: ax.tick_params(axis='y', labelsize=5); ax.margins(y=.01)
-    ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if few else 1.05)*most or 1))
+    for i, r in enumerate(rows if counts else ()): ax.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=size)
+    if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
+    ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #1c5a4624
+# %% ../nbs/06d_results.ipynb #9a2ab7d8
 def clear_run(
     folder, # Of a run
 ):
