@@ -5,4 +5,5 @@ try: __version__ = _version('hyperflux')    # from settings.ini, by way of the i
 except _Missing: __version__ = '0+checkout'  # run from a checkout that is not installed
 
 from hyperflux.hyperflux import Hyperflux, Settings, authors  # noqa: E402, F401
-from hyperflux.pruner import Pruner, prunable, select  # noqa: E402, F401
+from hyperflux.pruner import Pruner  # noqa: E402, F401
+from hyperflux.selection import prunable, select  # noqa: E402, F401

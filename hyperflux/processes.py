@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['World', 'join', 'leave', 'wrap', 'first']
 
-# %% ../nbs/06c_processes.ipynb #4c3ca063
+# %% ../nbs/06c_processes.ipynb #2929a82c
 import contextlib, os
 from datetime import timedelta
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch, torch.distributed as dist
 from torch import Tensor, nn
 
-# %% ../nbs/06c_processes.ipynb #0dc6fbca
+# %% ../nbs/06c_processes.ipynb #9685f991
 class World(NamedTuple):
     "This process among all that train together; alone by default"
     rank:int=0 # Which one this is, 0 <= rank < size
@@ -45,7 +45,7 @@ class World(NamedTuple):
         "Wait until all are here"
         if self.size > 1: dist.barrier()
 
-# %% ../nbs/06c_processes.ipynb #b1149146
+# %% ../nbs/06c_processes.ipynb #d552d528
 _TORCHRUN = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
 
 def join(

@@ -163,7 +163,7 @@ def without_tensorboard(tmp_path):
     folder = tmp_path/'without'
     folder.mkdir()
     (folder/'tensorboard.py').write_text("raise ModuleNotFoundError(\"No module named 'tensorboard'\", name='tensorboard')\n")
-    return dict(PYTHONPATH=str(folder))
+    return dict(PYTHONPATH=os.pathsep.join([str(folder), *filter(None, [os.environ.get('PYTHONPATH')])]))
 
 
 def test_overwriting_takes_only_a_runs_own_files_and_not_before_it_can_start(tmp_path, whole, without_tensorboard):
