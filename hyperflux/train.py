@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'Run', 'train_epoch', 'fit']
 
-# %% ../nbs/06_train.ipynb #1728f85b
+# %% ../nbs/06_train.ipynb #08b29950
 import contextlib, dataclasses, functools, json, math, time
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from .data import Data, load_data
 from .hyperflux import Hyperflux
 from .models import load_weights, make_model
 from .processes import World, wrap
-from .pruner import select
+from .selection import select
 from .recipes import Config, learning_rate
 from .results import check_tensorboard, clear_run, summary, summary_text, tensorboard_log, write_history, write_results
 
-# %% ../nbs/06_train.ipynb #3156124c
+# %% ../nbs/06_train.ipynb #4b90d858
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -47,7 +47,7 @@ def evaluate(
     right, five, loss, n = world.sum(sum(rows)).tolist()
     return dict(accuracy=100*right/n, top5=100*five/n, loss=loss/n)
 
-# %% ../nbs/06_train.ipynb #3acf5430
+# %% ../nbs/06_train.ipynb #c0c37bc5
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self,
@@ -98,7 +98,7 @@ def _start_from(self:Run, path):
     skipped = load_weights(self.model, path)['skipped']
     if skipped and self.world.main: print(f"{path}: not taken: " + '; '.join(f'{k} ({why})' for k, why in list(skipped.items())[:4]) + ' …'*(len(skipped) > 4))
 
-# %% ../nbs/06_train.ipynb #7eee0d8c
+# %% ../nbs/06_train.ipynb #dcbe0682
 @patch
 def _new_optimizer(self:Run):
     c, params = self.config, list(self.model.parameters())
@@ -114,7 +114,7 @@ def start_pruning(self:Run):
     self._new_optimizer()
     self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
 
-# %% ../nbs/06_train.ipynb #c4043833
+# %% ../nbs/06_train.ipynb #ebe9f5b2
 @patch
 def backward(self:Run, x, y, total):
     "Adds this process's part of the gradient of the mean over `total` images; returns its part of the loss"
@@ -138,7 +138,7 @@ def update(self:Run):
     self.scaler.step(self.optimizer)
     self.scaler.update()
 
-# %% ../nbs/06_train.ipynb #6f4e5666
+# %% ../nbs/06_train.ipynb #a95f629b
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -166,7 +166,7 @@ def _progress(run, rate):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
     return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}, pressure {p.gamma:.3g}" if p else '')
 
-# %% ../nbs/06_train.ipynb #e7d2e028
+# %% ../nbs/06_train.ipynb #d5933c4c
 def fit(
     config:Config=Config(),
     out=None, # Folder for the checkpoints and all results; None: nothing is written
@@ -206,7 +206,7 @@ def fit(
     world.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #a02d90f4
+# %% ../nbs/06_train.ipynb #78fc9a06
 @patch
 def evaluate(self:Run)->dict: return evaluate(self.model, self.test_loader, self.world, self.context)
 
@@ -251,7 +251,7 @@ def _folder(folder, config, resume, overwrite, world):
     if resume and not checkpoints(folder): raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume to start")
     return folder
 
-# %% ../nbs/06_train.ipynb #cfae5028
+# %% ../nbs/06_train.ipynb #45fd6a4f
 @patch
 def save(self:Run, folder):
     "One more checkpoint; all processes take part, rank 0 writes"
