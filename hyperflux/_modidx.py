@@ -336,4 +336,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'hyperflux.train._row': ('train.html#_row', 'hyperflux/train.py'),
                                  'hyperflux.train.evaluate': ('train.html#evaluate', 'hyperflux/train.py'),
                                  'hyperflux.train.fit': ('train.html#fit', 'hyperflux/train.py'),
+                                 'hyperflux.train.no_denormals': ('train.html#no_denormals', 'hyperflux/train.py'),
                                  'hyperflux.train.train_epoch': ('train.html#train_epoch', 'hyperflux/train.py')}}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rehearse', 'rehearsal_text']
 
-# %% ../nbs/06e_rehearsal.ipynb #daf70150
+# %% ../nbs/06e_rehearsal.ipynb #ce78f295
 import statistics, time
 
 import torch
@@ -14,9 +14,9 @@ from .data import load_data
 from .processes import World
 from .recipes import Config
 from .results import duration
-from .train import Run
+from .train import Run, no_denormals
 
-# %% ../nbs/06e_rehearsal.ipynb #b81ad400
+# %% ../nbs/06e_rehearsal.ipynb #ddc59b69
 def rehearse(
     config:Config,
     data=None, # `Data`, instead of loading config.data
@@ -27,7 +27,7 @@ def rehearse(
     world:World=World(),
 )->dict: # seconds a step (dense, prune), seconds for all, memory (bytes allocated at most on a GPU, else None), loss of each step
     "A few steps of dense training and of pruning, at full size"
-    torch.set_flush_denormal(True)
+    no_denormals()
     run = Run(config, data or load_data(config.data, valid=config.valid, size=config.size), device, compile, world)
     if run.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(run.device)
     dense, losses = _steps(run, steps)
