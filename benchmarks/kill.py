@@ -105,11 +105,12 @@ def inspect(folder, whole):
     return unreadable, text.count(b'\n'), complete and (whole/'history.csv').read_bytes().startswith(text)
 
 
+def steps(folder): return int(checkpoints(folder)[-1].stem[11:]) if checkpoints(folder) else 0
 def writing(folder): return any(folder.glob('*.part'))
 
 
 def killed(process, folder, rng, seconds):
-    "Waits for a random moment of a run that takes so long, one in two for a write after it, and kills; was it at work, and was it writing?"
+    "Waits for a random moment of a run that takes so much longer, one in two for a write after it, and kills; was it at work, and was it writing?"
     process.join(rng.uniform(0, seconds))
     if rng.random() < .5:
         while process.is_alive() and not writing(folder): time.sleep(.0002)
@@ -127,7 +128,7 @@ def survive(
     whole, # Of the one that was left in peace
     rng:random.Random,
     times:int, # How often it is killed
-    seconds:float, # How long it takes in peace
+    seconds:float, # How long all of it takes in peace
 )->dict: # kills, during_write, before_first (kills before there was a checkpoint), unreadable (checkpoints), lost (rows of history), torn (histories that are not the first rows), differences
     "Kills a run, resumes it, and so on until it has finished"
     r = dict(kills=0, during_write=0, before_first=0, unreadable=0, lost=0, torn=0)
@@ -136,7 +137,7 @@ def survive(
         resume = ['--resume']*bool(checkpoints(folder))
         if r['kills'] == times: runner(*args, *resume); break
         process = runner.start(*args, *resume)
-        was, wrote = killed(process, folder, rng, seconds)
+        was, wrote = killed(process, folder, rng, seconds*(1 - steps(folder)/steps(whole)))
         if not was:
             if process.exitcode: raise RuntimeError((runner.cwd/'said.txt').read_text())
             if r['kills']: break                                    # it was faster

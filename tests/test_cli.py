@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hyperflux.checkpoint import checkpoints
-from hyperflux.recipes import RECIPES, Config
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.kill import Runner                                                          # noqa: E402
+from hyperflux.checkpoint import checkpoints                                                # noqa: E402
+from hyperflux.recipes import RECIPES, Config                                               # noqa: E402
 
 command = [str(Path(sys.executable).parent/'hyperflux')]
 env = os.environ | dict(OMP_NUM_THREADS='1', COLUMNS='200')
@@ -57,7 +59,7 @@ def test_a_run_leaves_a_folder(whole):
 
 @pytest.mark.parametrize('sparsity', [.5, .995])
 def test_lands_on_the_single_weight(sparsity, tmp_path):
-    text = hyperflux('prune', '--sparsity', sparsity, '--epochs', 5, '--quiet', cwd=tmp_path)
+    text = Runner(tmp_path, picture=False)('prune', '--sparsity', sparsity, '--epochs', 5, '--quiet')
     keep, run = round((1 - sparsity)*266_200), next((tmp_path/'runs').iterdir())                        # the folder's name is the settings'
     assert sum(int(w.count_nonzero()) for w in weights(run)) == keep and f'{keep:,} of 266,200' in text
     assert run.name == Config(dense_epochs=1, prune_epochs=2, regrow_epochs=2, sparsity=sparsity).name
@@ -95,12 +97,12 @@ def test_help_explains_every_option(tmp_path):
 
 
 def test_help_without_and_with_a_command(tmp_path):
-    for args in [], ['--help'], ['-h']: assert 'hyperflux prune' in hyperflux(*args, cwd=tmp_path) or args
-    version = hyperflux('--version', cwd=tmp_path)
+    runner, version = Runner(tmp_path), hyperflux('--version', cwd=tmp_path)
+    for args in [], ['--help'], ['-h']: assert 'hyperflux prune' in runner(*args)
     assert version.startswith('hyperflux 0.') and version == hyperflux('--version', cwd=tmp_path, command=[sys.executable, '-m', 'hyperflux'])
-    text = hyperflux('recipes', cwd=tmp_path)
+    text = runner('recipes')
     assert all(f'\n{name} ' in text for name in RECIPES) and 'hyperflux prune --recipe NAME runs one' in text
-    assert "no command 'prnue'; there is prune, recipes" in hyperflux('prnue', cwd=tmp_path, code=1)
+    assert "no command 'prnue'; there is prune, recipes" in runner('prnue', code=1)
 
 
 # Stopping
@@ -128,7 +130,6 @@ def test_stopped_it_says_how_to_go_on(sig, whole, tmp_path):
     assert process.returncode == 130 and 'of 5 epochs' in says and 'go on with:' in says and 'Traceback' not in says, says
     resume = next(line for line in says.splitlines() if line.strip().startswith('hyperflux prune')).split()[1:]
     assert resume == args + ['--resume'] and checkpoints(run) and not any(run.glob('*.part'))
-    assert 'holds a run already: --resume goes on with it, --overwrite begins anew' in hyperflux(*args, cwd=tmp_path, code=1)
     hyperflux(*resume, cwd=tmp_path)
     for name in RESULTS[:-1]: assert (run/name).read_bytes() == (whole[0]/name).read_bytes(), name
 
@@ -143,16 +144,16 @@ def test_stopped_before_it_trains(tmp_path):
 # Errors
 
 def test_broken_and_foreign_files_are_named_and_nothing_is_lost(tmp_path):
-    run = tmp_path/'run'
+    run, runner = tmp_path/'run', Runner(tmp_path)                                                # errors do not need the shell, and come sooner without
     run.mkdir()
     (run/'checkpoint-000000007.pt').write_bytes(b'not a checkpoint')
     says = hyperflux('prune', '--quiet', '--resume', '--out', 'run', cwd=tmp_path, code=1)
     assert 'run/checkpoint-000000007.pt is not a readable checkpoint' in says and 'begin anew with --overwrite' in says
-    assert 'holds a run already' in hyperflux('prune', '--quiet', '--out', 'run', cwd=tmp_path, code=1)
+    assert 'holds a run already: --resume goes on with it, --overwrite begins anew' in runner('prune', '--quiet', '--out', 'run', code=1)
     assert files(run) == {'checkpoint-000000007.pt': b'not a checkpoint'}
     (tmp_path/'data').mkdir()
-    assert 'data' in hyperflux('prune', '--quiet', '--data', 'mnist', '--root', 'data', '--out', 'm', cwd=tmp_path, code=1)
-    says = hyperflux('prune', '--quiet', '--epochs', 5, '--batch-size', 5000, '--out', 'short', cwd=tmp_path, code=1)
+    assert 'data' in runner('prune', '--quiet', '--data', 'mnist', '--root', 'data', '--out', 'm', code=1)
+    says = runner('prune', '--quiet', '--epochs', 5, '--batch-size', 5000, '--out', 'short', code=1)
     assert 'pruning was given 4 steps and needs at least 50' in says and not (tmp_path/'short').exists()
     assert 'Traceback (most recent call last)' in subprocess.run([*command, 'prune', '--model', 'lenet30'], cwd=tmp_path, env=env | dict(HYPERFLUX_DEBUG='1'), text=True, capture_output=True, timeout=60).stderr
 
@@ -168,14 +169,15 @@ def without_tensorboard(tmp_path):
 
 def test_overwriting_takes_only_a_runs_own_files_and_not_before_it_can_start(tmp_path, whole, without_tensorboard):
     "Whatever is wrong with the new run is told before the old one is gone"
-    run = tmp_path/'run'
+    run, runner = tmp_path/'run', Runner(tmp_path)
     run.mkdir()
     for name, content in files(whole[0]).items(): (run/name).write_bytes(content)
     (run/'notes.txt').write_text('mine')
     before, args = files(run), ['prune', '--epochs', 5, '--quiet', '--out', 'run', '--overwrite']
     for wrong, says in {('--threads', 1, '--model', 'lenet30'): 'did you mean lenet300', ('--ignore', 'fc5'): "'fc5' matches no weight", ('--weights', 'none.pt'): 'no checkpoint at none.pt',
-                        ('--batch-size', 5000): 'needs at least 50', ('--resume',): 'choose one of them', ('--tensorboard',): 'TensorBoard is not installed'}.items():
-        assert says in hyperflux(*args, *wrong, cwd=tmp_path, code=1, **without_tensorboard) and files(run) == before, wrong
+                        ('--batch-size', 5000): 'needs at least 50', ('--resume',): 'choose one of them'}.items():
+        assert says in runner(*args, *wrong, code=1) and files(run) == before, wrong
+    assert 'TensorBoard is not installed' in hyperflux(*args, '--tensorboard', cwd=tmp_path, code=1, **without_tensorboard) and files(run) == before
     hyperflux(*args, '--sparsity', .9, cwd=tmp_path)
     assert json.loads((run/'summary.json').read_text())['left'] == 26_620 and (run/'notes.txt').read_text() == 'mine'
     assert {p.name for p in run.iterdir()} == {'notes.txt', 'checkpoint-000000316.pt', 'checkpoint-000000395.pt', *RESULTS}

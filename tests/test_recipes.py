@@ -133,7 +133,7 @@ OTHER = dict(model='lenet5', data='mnist', size=36, weights='dense.pt', sparsity
              decay_all=None, clip=.5, label_smoothing=.2, crop=3, flip=None, cutout=5, precision='fp16', channels_last=None, valid=.25, method='authors', task=None, seed=11)
 
 
-@pytest.mark.parametrize('name', ['quick', 'resnet18-quick', 'resnet50-imagenet'])
+@pytest.mark.parametrize('name', ['resnet18-quick', 'resnet50-imagenet'])
 def test_every_setting_can_be_overridden(name, images, monkeypatch):
     "In Python and by the option of its name, alone and all together"
     seen = []
