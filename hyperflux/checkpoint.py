@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/06b_checkpoint.ipynb #ae668d30
+# %% ../nbs/06b_checkpoint.ipynb #d4472cd6
 import contextlib, os, pickle, zipfile
 from pathlib import Path
 
 import torch
 
-# %% ../nbs/06b_checkpoint.ipynb #ab081e9d
+# %% ../nbs/06b_checkpoint.ipynb #5f3ba6cc
 @contextlib.contextmanager
 def atomic(
     path, # The file to be there afterwards
@@ -39,7 +39,7 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoint.ipynb #a30a0c4c
+# %% ../nbs/06b_checkpoint.ipynb #c10d537d
 def checkpoints(
     folder, # Of a run
 )->list[Path]: # Oldest first
@@ -69,7 +69,7 @@ def write_checkpoint(
     for old in checkpoints(folder)[:-keep]: old.unlink()
     return path
 
-# %% ../nbs/06b_checkpoint.ipynb #98a2de67
+# %% ../nbs/06b_checkpoint.ipynb #1214af9b
 def read_checkpoint(
     path, # A file
     device='cpu', # Where its tensors go
@@ -95,7 +95,7 @@ def _unreadable(path, error):
 
 def _gist(x): return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
 
-# %% ../nbs/06b_checkpoint.ipynb #71d4fe12
+# %% ../nbs/06b_checkpoint.ipynb #3a5dad9d
 def random_state(device='cpu')->dict:
     "The states of torch's generators, of the CPU and of `device`"
     device = torch.device(device)
