@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/06b_checkpoint.ipynb #d4472cd6
+# %% ../nbs/06b_checkpoint.ipynb #1a0e21f2
 import contextlib, os, pickle, zipfile
 from pathlib import Path
 
 import torch
 
-# %% ../nbs/06b_checkpoint.ipynb #5f3ba6cc
+# %% ../nbs/06b_checkpoint.ipynb #ca3f4fef
 @contextlib.contextmanager
 def atomic(
     path, # The file to be there afterwards
@@ -39,7 +39,7 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoint.ipynb #c10d537d
+# %% ../nbs/06b_checkpoint.ipynb #5c8fed49
 def checkpoints(
     folder, # Of a run
 )->list[Path]: # Oldest first
@@ -69,7 +69,7 @@ def write_checkpoint(
     for old in checkpoints(folder)[:-keep]: old.unlink()
     return path
 
-# %% ../nbs/06b_checkpoint.ipynb #1214af9b
+# %% ../nbs/06b_checkpoint.ipynb #b04705b2
 def read_checkpoint(
     path, # A file
     device='cpu', # Where its tensors go
@@ -95,7 +95,7 @@ def _unreadable(path, error):
 
 def _gist(x): return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
 
-# %% ../nbs/06b_checkpoint.ipynb #3a5dad9d
+# %% ../nbs/06b_checkpoint.ipynb #3a87dc78
 def random_state(device='cpu')->dict:
     "The states of torch's generators, of the CPU and of `device`"
     device = torch.device(device)
