@@ -181,6 +181,8 @@ assert schedule.scheduler.last_epoch == 224                         # once for e
 t.assert_landed(acc.unwrap_model(model), p, steps)
 for theirs in acc.gather(torch.cat([p.presence, p.value, p.mask])[None]): assert torch.equal(theirs, torch.cat([p.presence, p.value, p.mask]))
 print('both agree')
+acc.wait_for_everyone()
+torch.distributed.destroy_process_group()                            # or threads of gloo may be left when the program ends, which aborts
 """
 
 
