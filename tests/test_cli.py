@@ -124,7 +124,7 @@ def stop(process, sig, when, seconds=60):
 def test_stopped_it_says_how_to_go_on(sig, whole, tmp_path):
     "Ctrl-C between two checkpoints, and a scheduler's SIGTERM while the third is written; the run goes on to the same end"
     args, run = ['prune', '--epochs', '5', '--save-steps', '25', '--quiet', '--out', 'run'], tmp_path/'run'
-    when = {signal.SIGINT: lambda: len(checkpoints(run)) == 1, signal.SIGTERM: lambda: len(checkpoints(run)) == 2 and any(run.glob('*.part'))}[sig]
+    when = {signal.SIGINT: lambda: len(checkpoints(run)) >= 1, signal.SIGTERM: lambda: len(checkpoints(run)) >= 2 and any(run.glob('*.part'))}[sig]
     process = begin(*args, cwd=tmp_path)
     _, says = stop(process, sig, when)
     assert process.returncode == 130 and 'of 5 epochs' in says and 'go on with:' in says and 'Traceback' not in says, says
