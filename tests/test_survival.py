@@ -308,7 +308,7 @@ class Group:
     def wait(self, code=0, timeout=100):
         try: self.top.wait(timeout)
         except subprocess.TimeoutExpired: pass
-        assert self.top.returncode == code, self.said()
+        assert self.top.returncode == code, f'ended with {self.top.returncode} (None: not within {timeout} s), expected {code}:\n{self.said()}'
         return self.said()
     def __enter__(self): return self
     def __exit__(self, *_): self.kill(); self.top.wait(20); self.log.close()
