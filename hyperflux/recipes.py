@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DATASETS', 'Config', 'learning_rate', 'recipe', 'cost', 'recipes_table']
 
-# %% ../nbs/05b_recipes.ipynb #2c868a00
+# %% ../nbs/05b_recipes.ipynb #3e236936
 import dataclasses, difflib, hashlib, json, math
 from dataclasses import dataclass
 
 from .flux import format_table
 from .hyperflux import Settings, authors
+from .methods import method
 from .pressure import check_sparsity
 
-# %% ../nbs/05b_recipes.ipynb #44f647d3
+# %% ../nbs/05b_recipes.ipynb #9f758b3f
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -48,7 +49,7 @@ class Config:
     precision:str = 'float32'           # of the network's arithmetic: float32, bf16 or fp16 (autocast; weights stay float32)
     channels_last:bool = False          # memory layout that convolutions on a GPU prefer
     valid:float = 0.                    # fraction of the training set to hold out and report on, for choosing settings: never choose by test accuracy
-    method:str = 'hyperflux'            # or authors: their controller and presences, without exact landing
+    method:str = 'hyperflux'            # a name in METHODS (authors: their settings and controller, without exact landing), or package.module:name
     task:str = 'lenet'                  # whose settings method=authors takes: lenet, cifar or imagenet
     seed:int = 0                        # of the network, the order of the images and the gates
 
@@ -56,6 +57,7 @@ class Config:
         check_sparsity(self.sparsity)
         for f in dataclasses.fields(self): _check_type(f, getattr(self, f.name))
         for k, known in _choices.items(): _check_choice(k, getattr(self, k), known)
+        method(self.method)
         for k in 'prune_epochs', 'batch_size', 'accumulate': _at_least(1, k, getattr(self, k))
         for k in 'dense_epochs', 'regrow_epochs', 'crop', 'cutout', 'size', 'warmup_epochs', 'weight_decay', 'clip', 'momentum': _at_least(0, k, getattr(self, k))
         for k in _rates:
@@ -69,8 +71,20 @@ class Config:
     @property
     def name(self)->str:
         "Says the gist, and a hash of all of it"
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.model.replace(':', '.')}-{self.data}-{self.sparsity:g}-{digest}"
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}      # a setting added later renames no run
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+        words = [self.model, self.data] + [self.method]*(self.method != 'hyperflux') + [f'{self.sparsity:g}', digest]
+        return '-'.join(words).replace(':', '.')
+    @property
+    def start(self)->int:
+        "Epochs before its method begins"
+        return 0 if method(self.method).untrained else self.dense_epochs
+    @property
+    def share(self)->float:
+        "From there on, the share of the epochs before regrowth"
+        return (self.dense_epochs + self.prune_epochs - self.start)/(self.epochs - self.start)
+    @property
+    def trainings(self)->int: return method(self.method).trainings(self.sparsity)
     @property
     def ignored(self)->list[str]: return [s.strip() for s in self.ignore.split(',') if s.strip()]
     def settings(self)->Settings:
@@ -79,10 +93,10 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/05b_recipes.ipynb #4bfc29ed
+# %% ../nbs/05b_recipes.ipynb #87600184
 _rates = 'dense_lr', 'dense_final_lr', 'prune_lr', 'prune_final_lr', 'regrow_lr', 'regrow_final_lr'
 _choices = dict(optimizer=('adam', 'adamw', 'sgd'), schedule=('cosine', 'step'), precision=('float32', 'bf16', 'fp16'),
-                method=('hyperflux', 'authors'), task=('lenet', 'cifar', 'imagenet'))
+                task=('lenet', 'cifar', 'imagenet'))
 
 def _check_type(field, value):
     fits = isinstance(value, (int, float) if field.type is float else field.type) and (field.type is bool or not isinstance(value, bool))
@@ -96,13 +110,14 @@ def _check_choice(name, value, known):
 def _at_least(least, name, value):
     if not least <= value < math.inf: raise ValueError(f"{name} is {least} or more: got {value!r}")
 
-# %% ../nbs/05b_recipes.ipynb #f47dd5bf
+# %% ../nbs/05b_recipes.ipynb #f3ceb4f9
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
 )->float:
     "Each stage goes from its first rate to its last"
     c, start = config, 0
+    if c.trainings > 1: epoch = epoch*c.trainings % c.epochs if epoch < c.epochs else epoch      # each training has all stages, only shorter
     for stage in 'dense', 'prune', 'regrow':
         n = getattr(c, f'{stage}_epochs')
         if epoch < start + n or stage == 'regrow': break
@@ -112,7 +127,7 @@ def learning_rate(
     if c.schedule == 'step': return warm*a*(b/a)**(0 if q < .5 else .5 if q < .75 else 1)
     return warm*(b + (a - b)*(1 + math.cos(math.pi*q))/2)
 
-# %% ../nbs/05b_recipes.ipynb #b3ca26e8
+# %% ../nbs/05b_recipes.ipynb #4ec2e6ea
 _sgd = dict(optimizer='sgd', momentum=.9)
 _cifar = dict(_sgd, dense_epochs=160, prune_epochs=100, regrow_epochs=60, dense_lr=.1, dense_final_lr=1e-3, prune_lr=.1, prune_final_lr=.0033,
               regrow_lr=1e-3, regrow_final_lr=1e-4, weight_decay=5e-4, crop=4, flip=True, precision='bf16', channels_last=True, task='cifar')
@@ -160,7 +175,7 @@ def _near(name, known):
     near = difflib.get_close_matches(str(name), known, 2, .4)
     return f"; did you mean {' or '.join(near)}?" if near else ''
 
-# %% ../nbs/05b_recipes.ipynb #dffc5ff7
+# %% ../nbs/05b_recipes.ipynb #e0d7687f
 DATASETS = { # Name → training images, shape, classes
     'fashion-small': (10_000, (1, 28, 28), 10), 'fashion-mnist': (60_000, (1, 28, 28), 10), 'mnist': (60_000, (1, 28, 28), 10),
     'cifar10': (50_000, (3, 32, 32), 10), 'cifar100': (50_000, (3, 32, 32), 100), 'imagenet': (1_281_167, (3, 224, 224), 1000)}

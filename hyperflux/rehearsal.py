@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rehearse', 'rehearsal_text']
 
-# %% ../nbs/06e_rehearsal.ipynb #ce78f295
+# %% ../nbs/06e_rehearsal.ipynb #716cf978
 import statistics, time
 
 import torch
@@ -16,7 +16,7 @@ from .recipes import Config
 from .results import duration
 from .train import Run, no_denormals
 
-# %% ../nbs/06e_rehearsal.ipynb #ddc59b69
+# %% ../nbs/06e_rehearsal.ipynb #a53aefc2
 def rehearse(
     config:Config,
     data=None, # `Data`, instead of loading config.data
@@ -35,7 +35,7 @@ def rehearse(
     prune, more = _steps(run, steps)
     n, c = len(run.train_loader), config
     evaluating = c.epochs*dense/3*len(run.test_loader)*1000/c.batch_size
-    return dict(dense=dense, prune=prune, seconds=n*(c.dense_epochs*dense + (c.prune_epochs + c.regrow_epochs)*prune) + evaluating, losses=losses + more,
+    return dict(dense=dense, prune=prune, seconds=n*(c.start*dense + (c.epochs - c.start)*prune) + evaluating, losses=losses + more,
                 memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == 'cuda' else None)
 
 def _steps(run, steps):

@@ -6,7 +6,7 @@
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
            'duration', 'plot_run', 'clear_run', 'write_results']
 
-# %% ../nbs/06d_results.ipynb #3b43ec23
+# %% ../nbs/06d_results.ipynb #1ea2f782
 import csv, dataclasses, json, math, zlib
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from safetensors.torch import save
 
 from .checkpoint import atomic, checkpoints
 from .flux import plot_flux
+from .methods import method
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #f6331ac2
+# %% ../nbs/06d_results.ipynb #252983f0
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -35,7 +36,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #4fcc3dfa
+# %% ../nbs/06d_results.ipynb #e0a3e7af
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -58,7 +59,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #420859a3
+# %% ../nbs/06d_results.ipynb #a6d15575
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -80,7 +81,7 @@ def summary_text(
     markdown:bool=False,
 )->str:
     "The summary as a table"
-    rows = [(f"{s['split']} accuracy, dense", f"{s['dense_accuracy']:.2f} %"), (f"{s['split']} accuracy, pruned", f"{s['accuracy']:.2f} %"),
+    rows = [(f"{s['split']} accuracy, {'untrained' if method(s['config']['method']).untrained else 'dense'}", f"{s['dense_accuracy']:.2f} %"), (f"{s['split']} accuracy, pruned", f"{s['accuracy']:.2f} %"),
             ('sparsity asked', f"{s['sparsity_asked']:.4%}"), ('sparsity reached', f"{s['sparsity_reached']:.4%}"),
             ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
     if 'sizes' in s: rows += [('model.safetensors', f"{s['sizes']['dense']/1e3:,.1f} kB"), ('the same, compressed', f"{s['sizes']['compressed']/1e3:,.1f} kB")]
@@ -94,7 +95,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #2383773f
+# %% ../nbs/06d_results.ipynb #bb3d5b49
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -134,7 +135,7 @@ def _plot_layers(rows, ax):
     if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #9a2ab7d8
+# %% ../nbs/06d_results.ipynb #948b3bb9
 def clear_run(
     folder, # Of a run
 ):

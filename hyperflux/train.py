@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'Run', 'train_epoch', 'no_denormals', 'fit']
 
-# %% ../nbs/06_train.ipynb #e15cf2ac
+# %% ../nbs/06_train.ipynb #12d46afb
 import contextlib, dataclasses, functools, json, math, time
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from fastcore.basics import patch
 from .augment import Augment
 from .checkpoint import atomic, checkpoints, random_state, read_checkpoint, set_random_state, write_checkpoint
 from .data import Data, load_data
-from .hyperflux import Hyperflux
+from .methods import method
 from .models import load_weights, make_model
 from .processes import World, wrap
 from .selection import select
 from .recipes import Config, learning_rate
 from .results import check_tensorboard, clear_run, summary, summary_text, tensorboard_log, write_history, write_results
 
-# %% ../nbs/06_train.ipynb #a1ef91c8
+# %% ../nbs/06_train.ipynb #e136d8ad
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -48,7 +48,7 @@ def evaluate(
     right, five, loss, n = world.sum(sum(rows)).tolist()
     return dict(accuracy=100*right/n, top5=100*five/n, loss=loss/n)
 
-# %% ../nbs/06_train.ipynb #46f2807e
+# %% ../nbs/06_train.ipynb #d8a7ac61
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self,
@@ -69,9 +69,9 @@ class Run:
         share = dict(device=self.device, rank=world.rank, world=world.size)
         self.train_loader = data.loader('train', c.batch_size, seed=c.seed, augment=augment, **share)
         self.test_loader = self._test_loader('valid' if c.valid else 'test', share)
-        self.steps = (c.prune_epochs + c.regrow_epochs)*len(self.train_loader)
-        select(self.model, ignore=c.ignored); c.settings().plan(self.steps, c.sparsity)          # what cannot be pruned says so before it is trained
-        self.pruner, self.epoch, self.batch, self.loss, self.history, self.seconds, self.flux, self.dense_accuracy = None, 0, 0, 0., [], 0., None, None
+        self.steps = (c.epochs - c.start)*len(self.train_loader)
+        select(self.model, ignore=c.ignored); method(c.method).check(c, self.steps)              # what cannot be pruned says so before it is trained
+        self.pruner, self.epoch, self.batch, self.loss, self.history, self.seconds, self.cpu_seconds, self.flux, self.dense_accuracy = None, 0, 0, 0., [], 0., 0., None, None
         self.net = wrap(self.model, world, self.device)
         if compile: self.net = torch.compile(self.net)
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(c.precision, torch.bfloat16)
@@ -99,7 +99,7 @@ def _start_from(self:Run, path):
     skipped = load_weights(self.model, path)['skipped']
     if skipped and self.world.main: print(f"{path}: not taken: " + '; '.join(f'{k} ({why})' for k, why in list(skipped.items())[:4]) + ' …'*(len(skipped) > 4))
 
-# %% ../nbs/06_train.ipynb #a0e3e2d5
+# %% ../nbs/06_train.ipynb #426d66c8
 @patch
 def _new_optimizer(self:Run):
     c, params = self.config, list(self.model.parameters())
@@ -113,9 +113,9 @@ def start_pruning(self:Run):
     "A fresh optimiser, and the one added line"
     c = self.config
     self._new_optimizer()
-    self.pruner = Hyperflux(self.model, self.optimizer, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, settings=c.settings(), seed=c.seed, meter=True, compile=self.compile)
+    self.pruner = method(c.method).make(self, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, span=(0, c.share))
 
-# %% ../nbs/06_train.ipynb #bd304d81
+# %% ../nbs/06_train.ipynb #89cc5d3a
 @patch
 def backward(self:Run, x, y, total):
     "Adds this process's part of the gradient of the mean over `total` images; returns its part of the loss"
@@ -139,7 +139,7 @@ def update(self:Run):
     self.scaler.step(self.optimizer)
     self.scaler.update()
 
-# %% ../nbs/06_train.ipynb #b09a4d8c
+# %% ../nbs/06_train.ipynb #65477480
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -165,9 +165,9 @@ def _progress(run, rate):
     loss, p = float(run.world.sum(torch.as_tensor(run.loss)))/run.batch, run.pruner
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
-    return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}, pressure {p.gamma:.3g}" if p else '')
+    return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}" + (f", pressure {p.gamma:.3g}" if hasattr(p, 'gamma') else '') if p else '')
 
-# %% ../nbs/06_train.ipynb #6ea2a771
+# %% ../nbs/06_train.ipynb #83c1a46a
 def no_denormals():
     "Takes numbers under 1e-38 for 0: the moments of absent weights decay towards 1e-45, where a CPU computes at half the speed"
     for t in np.float32, np.float64: np.finfo(t)              # NumPy looks for its smallest number once, and would warn if it found 0
@@ -184,9 +184,10 @@ def fit(
     progress:bool=True, # Show a progress bar
     data:Data|None=None, # Instead of loading config.data
     save_steps:int=1000, # Steps between checkpoints within an epoch
+    until:int|None=None, # Stop after so many epochs; a later call with resume=True goes on
     tensorboard:bool=False, # Also write history for TensorBoard into `out`/tensorboard
     world:World=World(), # From `join`, if torchrun started several processes
-)->Run: # The finished run; it prints as a table
+)->Run: # The run, finished unless `until` stops it; it prints as a table
     "Dense training, pruning, regrowth: a finished run, with results in `out`"
     if resume and overwrite: raise ValueError("resume goes on with a run, overwrite begins anew in its place: choose one of them")
     no_denormals()
@@ -196,25 +197,26 @@ def fit(
     if resume: run.load(checkpoints(folder)[-1])
     log = tensorboard_log(folder, run.epoch) if tensorboard and world.main else lambda row: None
     save, bar = (lambda: folder and run.save(folder)), _bar(run, progress and world.main)
-    while not run.finished:
-        began = time.perf_counter()
-        if run.epoch == config.dense_epochs and run.pruner is None:
+    while run.epoch < min(config.epochs, until or config.epochs):
+        began, cpu = time.perf_counter(), time.process_time()
+        if run.epoch == config.start and run.pruner is None:
             run.dense_accuracy = run.evaluate()['accuracy']
             run.start_pruning()
         stage, loss = run.stage, train_epoch(run, bar, save, save_steps)
         run.epoch += 1
         run.history.append(_row(run, stage, loss))
-        run.seconds += time.perf_counter() - began
+        run.seconds, run.cpu_seconds = run.seconds + time.perf_counter() - began, run.cpu_seconds + time.process_time() - cpu
         save()
         log(run.history[-1])
         if folder and world.main: write_history(run.history, folder/'history.csv')
-    if folder and world.main: write_results(run, folder)
+    if folder and world.main and run.finished: write_results(run, folder)
     world.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #ffef0127
+# %% ../nbs/06_train.ipynb #b7bb174c
 @patch
-def evaluate(self:Run)->dict: return evaluate(self.model, self.test_loader, self.world, self.context)
+def evaluate(self:Run)->dict:
+    with getattr(self.pruner, 'deterministic', contextlib.nullcontext)(): return evaluate(self.model, self.test_loader, self.world, self.context)
 
 def _row(run, stage, loss):
     "One epoch of history"
@@ -222,8 +224,9 @@ def _row(run, stage, loss):
     row = dict(epoch=run.epoch, stage=stage, lr=run.optimizer.param_groups[0]['lr'], loss=loss, accuracy=e['accuracy'], top5=e['top5'], eval_loss=e['loss'],
                density=1., planned=1., pressure=0., births=0, deaths=0)
     if not p: return row
-    row |= dict(density=p.density, planned=p.planned, pressure=p.gamma)
-    if p.meter.updates:
+    row |= dict(density=p.density, planned=p.planned, pressure=getattr(p, 'gamma', 0.))
+    if not hasattr(p, 'meter'): row |= dict(births=getattr(p, 'births', 0) - sum(r['births'] for r in run.history), deaths=getattr(p, 'deaths', 0) - sum(r['deaths'] for r in run.history))
+    elif p.meter.updates:
         total = p.meter.layers()[-1]
         row |= dict(births=total['births'], deaths=total['deaths'])
         if row['stage'] == 'prune' or run.flux is None: run.flux = p.meter.histogram()
@@ -257,18 +260,18 @@ def _folder(folder, config, resume, overwrite, world):
     if resume and not checkpoints(folder): raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume to start")
     return folder
 
-# %% ../nbs/06_train.ipynb #afeae02c
+# %% ../nbs/06_train.ipynb #e0253434
 @patch
 def save(self:Run, folder):
     "One more checkpoint; all processes take part, rank 0 writes"
     own = self.world.gather(dict(random=random_state(self.device), loss=float(self.loss)))
     if not self.world.main: return
     write_checkpoint(folder, self.step, dict(
-        config=dataclasses.asdict(self.config), epoch=self.epoch, batch=self.batch, history=self.history, seconds=self.seconds, flux=self.flux,
+        config=dataclasses.asdict(self.config), epoch=self.epoch, batch=self.batch, history=self.history, seconds=self.seconds, cpu_seconds=self.cpu_seconds, flux=self.flux,
         dense_accuracy=self.dense_accuracy, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), pruner=self.pruner and self.pruner.state_dict(),
         scaler=self.scaler.state_dict(), own=own))
 
-_progress_of = 'epoch', 'batch', 'history', 'seconds', 'flux', 'dense_accuracy'
+_progress_of = 'epoch', 'batch', 'history', 'seconds', 'cpu_seconds', 'flux', 'dense_accuracy'
 
 @patch
 def load(self:Run, path):
@@ -282,7 +285,9 @@ def load(self:Run, path):
     if len(state['own']) != self.world.size: raise ValueError(f"{path} was written by {len(state['own'])} processes, now there are {self.world.size}: go on with as many as before")
     try: self.model.load_state_dict(state['model'])
     except RuntimeError as e: raise ValueError(f"{path} is a checkpoint of another model: {str(e).splitlines()[1].strip()}") from e
-    if state['pruner']: self.start_pruning()
+    if state['pruner']:
+        self.start_pruning()                                                       # which may prune at once: the weights come after it
+        self.model.load_state_dict(state['model'])
     self.optimizer.load_state_dict(state['optimizer'])
     if state['pruner']: self.pruner.load_state_dict(state['pruner'])
     self.scaler.load_state_dict(state['scaler'])
