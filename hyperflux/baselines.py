@@ -6,7 +6,7 @@
 __all__ = ['top', 'apportion', 'at_once', 'Baseline', 'magnitude', 'Magnitude', 'LayerMagnitude', 'Random', 'GMP', 'Progressive',
            'imp_levels', 'IMP']
 
-# %% ../nbs/07_baselines.ipynb #f1a709b7
+# %% ../nbs/07_baselines.ipynb #ce8146a3
 import math
 from typing import Callable
 
@@ -19,7 +19,7 @@ from .pressure import cubic, land_, linear
 from .pruner import Pruner
 from .shards import sharded
 
-# %% ../nbs/07_baselines.ipynb #5952e983
+# %% ../nbs/07_baselines.ipynb #ad49228f
 def top(
     scores:Tensor, # [n]; infinite ones count as the largest finite number
     keep:int, # How many, in [0, n]
@@ -29,7 +29,7 @@ def top(
     land_(s, keep)
     return (s >= 0).to(scores.dtype)
 
-# %% ../nbs/07_baselines.ipynb #ba76b499
+# %% ../nbs/07_baselines.ipynb #4045c254
 def apportion(
     wanted:list[float], # For each layer, not whole; adds up to `keep`, up to rounding
     keep:int, # What they must add up to
@@ -43,14 +43,14 @@ def apportion(
         for i in room[:more]: whole[i] += 1
     return whole
 
-# %% ../nbs/07_baselines.ipynb #b51c6cdb
+# %% ../nbs/07_baselines.ipynb #18cdf800
 def at_once(p:float, # Progress in [0, 1]
     target:float, # Density at the end
 )->float:
     "One shot: the target from the first moment on"
     return target
 
-# %% ../nbs/07_baselines.ipynb #8a6a9dfc
+# %% ../nbs/07_baselines.ipynb #a33ab7ac
 class Baseline(Pruner):
     "A score says which weights stay, a schedule how many"
     schedule:Callable = staticmethod(at_once)                               # planned density, of (progress in the span, target)
@@ -87,7 +87,7 @@ class Baseline(Pruner):
     def observe(self, gradient:Callable): # A function that gives the gradient, flat, or None if this step is skipped
         "Called before each step, for methods that learn from gradients"
 
-# %% ../nbs/07_baselines.ipynb #72c73f60
+# %% ../nbs/07_baselines.ipynb #a852710e
 @patch(as_prop=True)
 def planned(self:Baseline)->float:
     "The density that the schedule wants by now"
@@ -99,7 +99,7 @@ def stage(self:Baseline)->str:
     "prune, finetune or done"
     return 'prune' if self.gradual and self.step < self.end else 'finetune' if self.step < self.steps else 'done'
 
-# %% ../nbs/07_baselines.ipynb #32b8de4c
+# %% ../nbs/07_baselines.ipynb #fd9746ad
 @patch
 @torch.no_grad()
 def prune(self:Baseline):
@@ -129,7 +129,7 @@ def _advance(self:Baseline):
     due = lambda step: (step - self.begin)*self.updates//(self.end - self.begin)
     if due(self.step) > due(self.step - 1) or self.step == self.end: self.prune()
 
-# %% ../nbs/07_baselines.ipynb #0ec4352f
+# %% ../nbs/07_baselines.ipynb #39a6058a
 @patch
 def _before(self:Baseline, grads):
     def gradient():
@@ -166,7 +166,7 @@ def _load(self:Baseline, state):
     for k in ('births', 'deaths', 'begin', 'end', 'updates', *self.extra()): setattr(self, k, own(state[k]))
     self.apply_mask()
 
-# %% ../nbs/07_baselines.ipynb #acecb8a7
+# %% ../nbs/07_baselines.ipynb #356ef724
 def magnitude(self)->Tensor:
     "|θ|"
     return self.flat(self._local).abs_()
@@ -187,7 +187,7 @@ class Random(Baseline):
         super().__init__(model, optimizer, **how)
     def score(self): return torch.rand(self.d, generator=torch.Generator().manual_seed(self.seed)).to(self.mask)
 
-# %% ../nbs/07_baselines.ipynb #47f2c20b
+# %% ../nbs/07_baselines.ipynb #16929a46
 class GMP(Baseline):
     "Gradual magnitude pruning: the cubic schedule (Zhu & Gupta 2017, arXiv 1710.01878)"
     score, schedule = magnitude, staticmethod(cubic)
@@ -196,7 +196,7 @@ class Progressive(Baseline):
     "Progressive magnitude pruning: the linear schedule (Qureshi et al., arXiv 2606.12278)"
     score, schedule = magnitude, staticmethod(linear)
 
-# %% ../nbs/07_baselines.ipynb #3236fd67
+# %% ../nbs/07_baselines.ipynb #2d056698
 def imp_levels(
     sparsity:float, # In [0, 1)
     share:float=.2, # Largest share to be removed at once

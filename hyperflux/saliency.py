@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Taylor', 'still', 'SNIP', 'GraSP', 'erk', 'RigL']
 
-# %% ../nbs/07a_saliency.ipynb #f5674cfa
+# %% ../nbs/07a_saliency.ipynb #bb641b8d
 import contextlib, math
 from typing import Callable
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .baselines import Baseline, Random, apportion, magnitude, top
 from .pressure import cubic
 
-# %% ../nbs/07a_saliency.ipynb #38db0ec4
+# %% ../nbs/07a_saliency.ipynb #2bc95951
 class Taylor(Baseline):
     "Mean of (g·θ)² since the masks were renewed, cubic schedule (Molchanov et al. 2019, arXiv 1906.10771)"
     schedule, total, seen = staticmethod(cubic), None, 0
@@ -29,7 +29,7 @@ class Taylor(Baseline):
         return s
     def extra(self): return dict(total=self.total, seen=self.seen)
 
-# %% ../nbs/07a_saliency.ipynb #ba72adaa
+# %% ../nbs/07a_saliency.ipynb #7ba44284
 @contextlib.contextmanager
 def still(model):
     "Train mode with gradients, for a look; mode, running statistics and random state are put back"
@@ -42,7 +42,7 @@ def still(model):
             for b, was in buffers: b.copy_(was)
         torch.set_rng_state(random)
 
-# %% ../nbs/07a_saliency.ipynb #132b010a
+# %% ../nbs/07a_saliency.ipynb #8ffe5983
 class SNIP(Baseline):
     "Connection sensitivity |g·θ| on one batch, before training (Lee et al. 2018, arXiv 1810.02340)"
     def __init__(self,
@@ -61,7 +61,7 @@ class SNIP(Baseline):
         x, y = self.batch
         with still(self.model) as model: return torch.autograd.grad(self.loss(model(x), y), self.params)
 
-# %% ../nbs/07a_saliency.ipynb #b1dc5b60
+# %% ../nbs/07a_saliency.ipynb #aa9ed73c
 class GraSP(SNIP):
     "Gradient signal preservation: θ·Hg on one batch, ten samples a class, before training (Wang et al. 2020, arXiv 2002.07376)"
     temperature = 200.
@@ -72,7 +72,7 @@ class GraSP(SNIP):
             g = torch.autograd.grad(self.loss(model(x)/self.temperature, y), self.params, create_graph=True)
             return torch.autograd.grad(sum((a.detach()*a).sum() for a in g), self.params)
 
-# %% ../nbs/07a_saliency.ipynb #f09653c0
+# %% ../nbs/07a_saliency.ipynb #7b8ab6c2
 def erk(
     shapes:list[tuple], # Of the weights
     keep:int, # Weights in all
@@ -86,7 +86,7 @@ def erk(
         if not over: return apportion([n if i in dense else raw[i]*scale*n for i, n in enumerate(sizes)], keep, sizes)
         dense.add(max(over, key=lambda i: raw[i]))
 
-# %% ../nbs/07a_saliency.ipynb #6cf518be
+# %% ../nbs/07a_saliency.ipynb #0ed7077a
 class RigL(Random):
     "Sparse all along: drops by |θ|, grows by |g| (Evci et al. 2020, arXiv 1911.11134)"
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first

@@ -6,7 +6,7 @@
 __all__ = ['matrix', 'eigenvalues', 'mp_density', 'mp_cdf', 'mp_quantile', 'tracy_widom', 'tw_quantile', 'Bulk', 'fit_bulk',
            'plot_spectrum', 'remove_noise', 'structure', 'spread', 'spectral_keeps', 'MarchenkoPastur']
 
-# %% ../nbs/07b_spectrum.ipynb #ee5ca99b
+# %% ../nbs/07b_spectrum.ipynb #c070d052
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch import Tensor
 from .baselines import Baseline, apportion, magnitude
 from .pressure import cubic
 
-# %% ../nbs/07b_spectrum.ipynb #4b96fa9f
+# %% ../nbs/07b_spectrum.ipynb #fd22796d
 def matrix(
     weight:Tensor, # A layer's: out × in, or out × in × kernel; the first dimension is set against all others
 )->Tensor: # [p, N], p ≤ N, float64, no gradient
@@ -36,7 +36,7 @@ def eigenvalues(
     w = matrix(weight)
     return torch.linalg.svdvals(w).flip(0).square()/w.shape[1]
 
-# %% ../nbs/07b_spectrum.ipynb #7ea2a297
+# %% ../nbs/07b_spectrum.ipynb #eeb7177d
 def _check_law(c, sigma2):
     if not (0 < c <= 1 and sigma2 > 0): raise ValueError(f"the law needs a shape 0 < c <= 1 (short side / long side) and a variance above 0: got c={c:g}, sigma2={sigma2:g}")
     return math.sqrt(c)
@@ -51,7 +51,7 @@ def mp_density(
     inside = (sigma2*(1 + r)**2 - x)*(x - sigma2*(1 - r)**2)
     return torch.where((inside > 0) & (x > 0), inside.clamp(min=0).sqrt()/(2*math.pi*c*sigma2*x), 0.)
 
-# %% ../nbs/07b_spectrum.ipynb #717545e4
+# %% ../nbs/07b_spectrum.ipynb #9d609291
 def _below(angle, c, r): return ((1 + c)*angle + 2*r*angle.sin() - 2*(1 - c)*torch.atan2((1 + r)*(angle/2).sin(), (1 - r)*(angle/2).cos()))/(2*math.pi*c)
 
 def mp_cdf(
@@ -78,7 +78,7 @@ def mp_quantile(
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     return sigma2*(1 + c - 2*r*high.cos())
 
-# %% ../nbs/07b_spectrum.ipynb #ac6e75ae
+# %% ../nbs/07b_spectrum.ipynb #dbc4f4c8
 def tracy_widom(
     s:float, # From -10 to 10
 )->float: # In [0, 1]
@@ -99,7 +99,7 @@ def tw_quantile(
         low, high = (middle, high) if tracy_widom(middle) < q else (low, middle)
     return high
 
-# %% ../nbs/07b_spectrum.ipynb #72c1e410
+# %% ../nbs/07b_spectrum.ipynb #e34b5e57
 @dataclass(frozen=True)
 class Bulk:
     "What of a weight looks like noise"
@@ -139,7 +139,7 @@ def fit_bulk(
     error = max((k[1:] - law).max(), (law - k[:-1]).max()).item()
     return Bulk(p, n, c, sigma2, edge, len(under)/p, error, e)
 
-# %% ../nbs/07b_spectrum.ipynb #51418bd3
+# %% ../nbs/07b_spectrum.ipynb #43ee88cb
 def plot_spectrum(
     weight:Tensor|Bulk, # A weight, or what `fit_bulk` said of it
     ax=None, # Matplotlib axes; none: new ones
@@ -157,13 +157,13 @@ def plot_spectrum(
     ax.axvline(edge, color='C3', lw=1, ls='--', label='edge')
     spikes = e[e > edge]
     seen = spikes[spikes <= reach*edge]
-    far = f'\n({len(spikes) - len(seen)} off the axis, up to {e[-1]/edge:.3g} × edge)' if len(seen) < len(spikes) else ''
+    far = f',\n{len(spikes) - len(seen)} of them off the axis\n(up to {e[-1]/edge:.3g} × edge)' if len(seen) < len(spikes) else ''
     ax.plot(seen, np.zeros_like(seen), '^', color='C3', ms=5, clip_on=False, zorder=3, label=f'{len(spikes)} beyond the edge{far}')
     ax.set(xlim=(0, reach*edge), xlabel='eigenvalue / σ̂²', ylabel='density')
     ax.legend(frameon=False, fontsize=8, loc='upper right')
     return ax
 
-# %% ../nbs/07b_spectrum.ipynb #81b6195b
+# %% ../nbs/07b_spectrum.ipynb #51bec07d
 def remove_noise(
     weight:Tensor, # As in `matrix`; stays as it is
     bulk:Bulk|None=None, # From `fit_bulk`; None: fitted now
@@ -177,12 +177,12 @@ def remove_noise(
     low = u[:, :rank]*s[:rank]@v[:rank]
     return (low if weight.flatten(1).shape == w.shape else low.T).reshape(weight.shape).to(weight), rank
 
-# %% ../nbs/07b_spectrum.ipynb #d54e23fc
+# %% ../nbs/07b_spectrum.ipynb #af86ecac
 def structure(
     weight:Tensor, # As in `matrix`; of the dense, trained network
-)->float: # In (0, 1]: 1 - noise·(1 - error); 1 if there are fewer than 5 eigenvalues
+)->float: # In (0, 1]: 1 - noise·(1 - error); 1 if there are fewer than 16 eigenvalues
     "How far a layer is from noise"
-    if min(matrix(weight).shape) < 5: return 1.
+    if min(matrix(weight).shape) < 16: return 1.                         # too few to tell
     b = fit_bulk(weight)
     return 1 - b.noise*(1 - b.error)
 
@@ -212,7 +212,7 @@ def spectral_keeps(
     "How many weights each layer keeps, by its spectrum"
     return spread([w.numel() for w in weights], [structure(w) for w in weights], keep)
 
-# %% ../nbs/07b_spectrum.ipynb #5bb7f4d3
+# %% ../nbs/07b_spectrum.ipynb #84d89fdc
 class MarchenkoPastur(Baseline):
     "Budgets by the layers' spectra, magnitude within the layer, cubic schedule (after Berlyand et al., arXiv 2503.01922, 2606.02608)"
     score, schedule, structures = magnitude, staticmethod(cubic), None
