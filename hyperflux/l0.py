@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BETA', 'hard_concrete', 'gate_slope', 'open_probability', 'sure_gate', 'patient', 'L0']
 
-# %% ../nbs/07c_l0.ipynb #352776b1
-import functools, math
+# %% ../nbs/07c_l0.ipynb #f586764b
+import functools, math, warnings
 from contextlib import contextmanager
 from typing import Callable
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .pressure import LogController, land_
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/07c_l0.ipynb #d05ed7e8
+# %% ../nbs/07c_l0.ipynb #596038f7
 BETA = 2/3                                          # the temperature
 
 def hard_concrete(alpha:Tensor, # Logit of the gate
@@ -38,7 +38,7 @@ def sure_gate(alpha:Tensor)->Tensor: # ẑ in [0, 1]
     "The gate without noise; above zero where α > -ln 11"
     return (1.2*alpha.sigmoid() - .1).clamp(0, 1)
 
-# %% ../nbs/07c_l0.ipynb #2a43e347
+# %% ../nbs/07c_l0.ipynb #e2c5e551
 def patient(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned expected density
@@ -57,13 +57,14 @@ class L0(Pruner):
         ignore=(), # What to leave dense, likewise
         span:tuple=(0, .6), # Shares of the run between which gates are noisy; dense before, a fixed mask after
         trajectory:Callable=patient, # Planned expected density, of (progress within span, target)
-        controller:Callable=functools.partial(LogController, start=1., high=1e3, lead=.3), # Makes λ's, called with (expected density, planned, progress within span)
+        controller:Callable=functools.partial(LogController, start=1., high=1e3, lead=.3), # Makes what finds λ from expected density, planned and progress
         travel:float=120., # How far Adam could carry a logit within the span, > 0
         seed:int=0, # Of the noise; the same on all processes
     ):
         if sparsity is None: raise ValueError("L0 steers towards a density: say which with sparsity= (a fraction)")
         check_steps(steps)
         if not 0 <= span[0] < span[1] <= 1: raise ValueError(f"span holds two shares of the run, 0 <= start < end <= 1: got {span}")
+        if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
         self.span, self.trajectory, self.travel, self.controller = span, trajectory, travel, controller()
         self.gamma, self.landed, self.history, self._lent = self.controller.first, False, [], False       # gamma: λ
         self._plan(steps)
@@ -71,23 +72,30 @@ class L0(Pruner):
         if self.shards.cuts:
             self.detach()
             raise ValueError("L0 works on whole weights, and fully_shard has cut these: use DDP, or a pruner that works on shards, such as Hyperflux")
-        self.value, self.z, self.alpha, self._pull, self._moments = self._flat(), self._flat(1.), self._flat(math.log(19)), self._flat(), (self._flat(), self._flat())
-        self._values, self._gates, self._pulls, self._logits = map(self._views, (self.value, self.z, self._pull, self.alpha))
-        torch._foreach_copy_(self._values, [w.detach() for w in self._local])
-        fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
-        self.adam = torch.optim.Adam(self._logits, lr=self.lr, eps=1e-8/self.d, fused=fused)
-        for a, m, v in zip(self._logits, *map(self._views, self._moments)):
-            self.adam.state[a] = dict(step=torch.zeros((), device=self.device if fused else 'cpu'), exp_avg=m, exp_avg_sq=v)
-        self.noise = torch.Generator(self.device).manual_seed(seed)
+        self._make_gates(seed)
 
 @patch
 def _plan(self:L0, steps):
     self._start, self._end = (round(s*steps) for s in self.span)
     n = self._end - self._start
-    if n < 100: raise ValueError(f"gates were given {n} noisy steps and need at least 100, or a few draws would decide on a weight: train for more epochs, take smaller batches, or widen span=")
+    if n < 100: raise ValueError(f"gates were given {n} noisy steps and need at least 100, or a few draws would decide on a weight: "
+                                 "train for more epochs, take smaller batches, or widen span=")
     self.lr = self.travel/n
 
-# %% ../nbs/07c_l0.ipynb #1c9875fe
+@patch
+def _make_gates(self:L0, seed):
+    "Flat vectors, their views by layer, Adam over the views, and the source of noise"
+    self.value, self.z, self.alpha, self._pull = map(self._flat, (0., 1., math.log(19), 0.))
+    self._moments = self._flat(), self._flat()
+    self._values, self._gates, self._pulls, self._logits = map(self._views, (self.value, self.z, self._pull, self.alpha))
+    torch._foreach_copy_(self._values, [w.detach() for w in self._local])
+    fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
+    self.adam = torch.optim.Adam(self._logits, lr=self.lr, eps=1e-8/self.d, fused=fused)
+    for a, m, v in zip(self._logits, *map(self._views, self._moments)):
+        self.adam.state[a] = dict(step=torch.zeros((), device=self.device if fused else 'cpu'), exp_avg=m, exp_avg_sq=v)
+    self.noise = torch.Generator(self.device).manual_seed(seed)
+
+# %% ../nbs/07c_l0.ipynb #870b2ccd
 @patch
 def _before(self:L0, grads):
     self._check_lent()
@@ -122,7 +130,7 @@ def _restore(self:L0, gates=None):
     torch._foreach_copy_(self._local, self._values)
     torch._foreach_mul_(self._local, gates or self._gates)                      # p ← ω·z
 
-# %% ../nbs/07c_l0.ipynb #a88c22c5
+# %% ../nbs/07c_l0.ipynb #0b072417
 @patch(as_prop=True)
 def stage(self:L0)->str:
     "dense, prune, finetune or done"
@@ -154,7 +162,8 @@ def _advance(self:L0):
 def _note(self:L0, stage):
     expected = self.expected
     if not math.isfinite(expected):
-        raise FloatingPointError(f"logits are not finite at step {self.step}: gradients held NaN or infinity; lower the learning rate, clip gradients, or use a GradScaler")
+        raise FloatingPointError(f"logits are not finite at step {self.step}: gradients held NaN or infinity; lower the learning rate, clip gradients, "
+                                 "or use a GradScaler")
     self.history.append(dict(step=self.step, stage=stage, density=self.density, expected=expected, planned=self.planned, pressure=self.gamma))
 
 @patch
@@ -164,6 +173,9 @@ def land(self:L0):
     if self.landed: return
     self._adopt()
     self._note('landing')                                                       # what there is before it
+    if self.left < self.keep/2:
+        warnings.warn(f"at the landing only {self.left:,} gates are open of the {self.keep:,} weights to keep, and the others begin at zero: λ has overshot, "
+                      "with too few noisy steps for this sparsity, or too little for the network to learn")
     line = self.alpha.clone()
     land_(line, self.keep)
     self.value.mul_(sure_gate(self.alpha))
@@ -172,7 +184,7 @@ def land(self:L0):
     self.gamma, self.landed = 0., True
     self._restore()
 
-# %% ../nbs/07c_l0.ipynb #ee83cd61
+# %% ../nbs/07c_l0.ipynb #9b3cf124
 @patch
 @contextmanager
 def deterministic(self:L0):
@@ -185,7 +197,7 @@ def deterministic(self:L0):
     try: yield
     finally:
         with torch.no_grad(): self._restore()
-        self._lent, self._seen = False, self._seen and self._versions()         # None: still to be checked
+        self._lent = False
 
 @patch
 def _check_lent(self:L0):
@@ -195,7 +207,8 @@ def _check_lent(self:L0):
 def _adopt(self:L0):
     "What someone else wrote becomes ω; other weights keep theirs"
     self._check_lent()
-    for p, v, z in zip(self._local, self._values, self._gates): v.copy_(torch.where(p != (v.to(p.dtype)*z).to(p.dtype), p, v))
+    for p, v, z in zip(self._local, self._values, self._gates):
+        v.copy_(torch.where(p != (v.to(p.dtype)*z).to(p.dtype), p, v))
 
 @patch
 def _resync(self:L0):
@@ -213,15 +226,17 @@ def apply_mask(self:L0, model:nn.Module|None=None):
 def state_dict(self:L0)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, noise included"
     with torch.no_grad(): self._adopt()                                         # once landed, ω is not kept up to date at every step
-    return dict(Pruner.state_dict(self), alpha=self.alpha, value=self.value, z=self.z, moments=list(self._moments), noise=self.noise.get_state(), lr=self.adam.param_groups[0]['lr'],
-                counts=[self.adam.state[a]['step'].item() for a in self._logits], gamma=self.gamma, landed=self.landed, history=list(self.history), controller=self.controller.state_dict())
+    return dict(Pruner.state_dict(self), alpha=self.alpha, value=self.value, z=self.z, moments=list(self._moments), noise=self.noise.get_state(),
+                counts=[self.adam.state[a]['step'].item() for a in self._logits], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,
+                landed=self.landed, history=list(self.history), controller=self.controller.state_dict())
 
 @patch
 def _load(self:L0, state):
     for mine, theirs in zip((self.alpha, self.value, self.z, *self._moments), [state[k] for k in ('alpha', 'value', 'z')] + state['moments']): mine.copy_(theirs)
     for a, n in zip(self._logits, state['counts']): self.adam.state[a]['step'].fill_(n)
     self._plan(self.steps)
-    self.gamma, self.landed, self.history, self.adam.param_groups[0]['lr'] = state['gamma'], state['landed'], list(state['history']), state['lr']
+    self.adam.param_groups[0]['lr'] = state['lr']
+    self.gamma, self.landed, self.history = state['gamma'], state['landed'], list(state['history'])
     self.noise.set_state(state['noise'].cpu())
     self.controller.load_state_dict(state['controller'])
     self._restore()

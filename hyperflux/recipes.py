@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DATASETS', 'Config', 'learning_rate', 'recipe', 'cost', 'recipes_table']
 
-# %% ../nbs/05b_recipes.ipynb #3e236936
+# %% ../nbs/05b_recipes.ipynb #3edf5152
 import dataclasses, difflib, hashlib, json, math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from .hyperflux import Settings, authors
 from .methods import method
 from .pressure import check_sparsity
 
-# %% ../nbs/05b_recipes.ipynb #9f758b3f
+# %% ../nbs/05b_recipes.ipynb #4888673d
 @dataclass(frozen=True)
 class Config:
     "What a run depends on"
@@ -93,7 +93,7 @@ class Config:
         share = self.prune_epochs/(self.prune_epochs + self.regrow_epochs)
         return Settings(prune=share, settle=(1 - share)/2)
 
-# %% ../nbs/05b_recipes.ipynb #87600184
+# %% ../nbs/05b_recipes.ipynb #586b4ea3
 _rates = 'dense_lr', 'dense_final_lr', 'prune_lr', 'prune_final_lr', 'regrow_lr', 'regrow_final_lr'
 _choices = dict(optimizer=('adam', 'adamw', 'sgd'), schedule=('cosine', 'step'), precision=('float32', 'bf16', 'fp16'),
                 task=('lenet', 'cifar', 'imagenet'))
@@ -110,7 +110,7 @@ def _check_choice(name, value, known):
 def _at_least(least, name, value):
     if not least <= value < math.inf: raise ValueError(f"{name} is {least} or more: got {value!r}")
 
-# %% ../nbs/05b_recipes.ipynb #f3ceb4f9
+# %% ../nbs/05b_recipes.ipynb #352dbfcc
 def learning_rate(
     config:Config,
     epoch:float, # Epochs since the start, with the fraction of the present one
@@ -127,7 +127,7 @@ def learning_rate(
     if c.schedule == 'step': return warm*a*(b/a)**(0 if q < .5 else .5 if q < .75 else 1)
     return warm*(b + (a - b)*(1 + math.cos(math.pi*q))/2)
 
-# %% ../nbs/05b_recipes.ipynb #4ec2e6ea
+# %% ../nbs/05b_recipes.ipynb #6b0d9477
 _sgd = dict(optimizer='sgd', momentum=.9)
 _cifar = dict(_sgd, dense_epochs=160, prune_epochs=100, regrow_epochs=60, dense_lr=.1, dense_final_lr=1e-3, prune_lr=.1, prune_final_lr=.0033,
               regrow_lr=1e-3, regrow_final_lr=1e-4, weight_decay=5e-4, crop=4, flip=True, precision='bf16', channels_last=True, task='cifar')
@@ -175,7 +175,7 @@ def _near(name, known):
     near = difflib.get_close_matches(str(name), known, 2, .4)
     return f"; did you mean {' or '.join(near)}?" if near else ''
 
-# %% ../nbs/05b_recipes.ipynb #e0d7687f
+# %% ../nbs/05b_recipes.ipynb #65c1ab1e
 DATASETS = { # Name → training images, shape, classes
     'fashion-small': (10_000, (1, 28, 28), 10), 'fashion-mnist': (60_000, (1, 28, 28), 10), 'mnist': (60_000, (1, 28, 28), 10),
     'cifar10': (50_000, (3, 32, 32), 10), 'cifar100': (50_000, (3, 32, 32), 100), 'imagenet': (1_281_167, (3, 224, 224), 1000)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rehearse', 'rehearsal_text']
 
-# %% ../nbs/06e_rehearsal.ipynb #716cf978
+# %% ../nbs/06e_rehearsal.ipynb #019f2a30
 import statistics, time
 
 import torch
@@ -16,7 +16,7 @@ from .recipes import Config
 from .results import duration
 from .train import Run, no_denormals
 
-# %% ../nbs/06e_rehearsal.ipynb #a53aefc2
+# %% ../nbs/06e_rehearsal.ipynb #1c470662
 def rehearse(
     config:Config,
     data=None, # `Data`, instead of loading config.data

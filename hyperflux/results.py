@@ -6,7 +6,7 @@
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
            'duration', 'plot_run', 'clear_run', 'write_results']
 
-# %% ../nbs/06d_results.ipynb #1ea2f782
+# %% ../nbs/06d_results.ipynb #41efabaf
 import csv, dataclasses, json, math, zlib
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .flux import plot_flux
 from .methods import method
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #252983f0
+# %% ../nbs/06d_results.ipynb #3fe3f2ff
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -36,7 +36,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #e0a3e7af
+# %% ../nbs/06d_results.ipynb #1170a07e
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -59,7 +59,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #a6d15575
+# %% ../nbs/06d_results.ipynb #a03a2f0a
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -95,7 +95,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #bb3d5b49
+# %% ../nbs/06d_results.ipynb #13c430fc
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -135,7 +135,7 @@ def _plot_layers(rows, ax):
     if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #948b3bb9
+# %% ../nbs/06d_results.ipynb #3d631187
 def clear_run(
     folder, # Of a run
 ):

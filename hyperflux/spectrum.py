@@ -6,7 +6,7 @@
 __all__ = ['matrix', 'eigenvalues', 'mp_density', 'mp_cdf', 'mp_quantile', 'tracy_widom', 'tw_quantile', 'Bulk', 'fit_bulk',
            'plot_spectrum', 'remove_noise', 'structure', 'spread', 'spectral_keeps', 'MarchenkoPastur']
 
-# %% ../nbs/07b_spectrum.ipynb #c070d052
+# %% ../nbs/07b_spectrum.ipynb #0c402130
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +17,7 @@ from torch import Tensor
 from .baselines import Baseline, apportion, magnitude
 from .pressure import cubic
 
-# %% ../nbs/07b_spectrum.ipynb #fd22796d
+# %% ../nbs/07b_spectrum.ipynb #0c0890b0
 def matrix(
     weight:Tensor, # A layer's: out × in, or out × in × kernel; the first dimension is set against all others
 )->Tensor: # [p, N], p ≤ N, float64, no gradient
@@ -36,7 +36,7 @@ def eigenvalues(
     w = matrix(weight)
     return torch.linalg.svdvals(w).flip(0).square()/w.shape[1]
 
-# %% ../nbs/07b_spectrum.ipynb #eeb7177d
+# %% ../nbs/07b_spectrum.ipynb #9601e93f
 def _check_law(c, sigma2):
     if not (0 < c <= 1 and sigma2 > 0): raise ValueError(f"the law needs a shape 0 < c <= 1 (short side / long side) and a variance above 0: got c={c:g}, sigma2={sigma2:g}")
     return math.sqrt(c)
@@ -51,7 +51,7 @@ def mp_density(
     inside = (sigma2*(1 + r)**2 - x)*(x - sigma2*(1 - r)**2)
     return torch.where((inside > 0) & (x > 0), inside.clamp(min=0).sqrt()/(2*math.pi*c*sigma2*x), 0.)
 
-# %% ../nbs/07b_spectrum.ipynb #9d609291
+# %% ../nbs/07b_spectrum.ipynb #d0bbb08c
 def _below(angle, c, r): return ((1 + c)*angle + 2*r*angle.sin() - 2*(1 - c)*torch.atan2((1 + r)*(angle/2).sin(), (1 - r)*(angle/2).cos()))/(2*math.pi*c)
 
 def mp_cdf(
@@ -78,7 +78,7 @@ def mp_quantile(
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     return sigma2*(1 + c - 2*r*high.cos())
 
-# %% ../nbs/07b_spectrum.ipynb #dbc4f4c8
+# %% ../nbs/07b_spectrum.ipynb #a0a3616f
 def tracy_widom(
     s:float, # From -10 to 10
 )->float: # In [0, 1]
@@ -99,7 +99,7 @@ def tw_quantile(
         low, high = (middle, high) if tracy_widom(middle) < q else (low, middle)
     return high
 
-# %% ../nbs/07b_spectrum.ipynb #e34b5e57
+# %% ../nbs/07b_spectrum.ipynb #1a9b1d28
 @dataclass(frozen=True)
 class Bulk:
     "What of a weight looks like noise"
@@ -139,7 +139,7 @@ def fit_bulk(
     error = max((k[1:] - law).max(), (law - k[:-1]).max()).item()
     return Bulk(p, n, c, sigma2, edge, len(under)/p, error, e)
 
-# %% ../nbs/07b_spectrum.ipynb #43ee88cb
+# %% ../nbs/07b_spectrum.ipynb #a351cc14
 def plot_spectrum(
     weight:Tensor|Bulk, # A weight, or what `fit_bulk` said of it
     ax=None, # Matplotlib axes; none: new ones
@@ -163,7 +163,7 @@ def plot_spectrum(
     ax.legend(frameon=False, fontsize=8, loc='upper right')
     return ax
 
-# %% ../nbs/07b_spectrum.ipynb #51bec07d
+# %% ../nbs/07b_spectrum.ipynb #b20c5553
 def remove_noise(
     weight:Tensor, # As in `matrix`; stays as it is
     bulk:Bulk|None=None, # From `fit_bulk`; None: fitted now
@@ -177,7 +177,7 @@ def remove_noise(
     low = u[:, :rank]*s[:rank]@v[:rank]
     return (low if weight.flatten(1).shape == w.shape else low.T).reshape(weight.shape).to(weight), rank
 
-# %% ../nbs/07b_spectrum.ipynb #af86ecac
+# %% ../nbs/07b_spectrum.ipynb #823076d2
 def structure(
     weight:Tensor, # As in `matrix`; of the dense, trained network
 )->float: # In (0, 1]: 1 - noise·(1 - error); 1 if there are fewer than 16 eigenvalues
@@ -212,7 +212,7 @@ def spectral_keeps(
     "How many weights each layer keeps, by its spectrum"
     return spread([w.numel() for w in weights], [structure(w) for w in weights], keep)
 
-# %% ../nbs/07b_spectrum.ipynb #84d89fdc
+# %% ../nbs/07b_spectrum.ipynb #6b4fdf43
 class MarchenkoPastur(Baseline):
     "Budgets by the layers' spectra, magnitude within the layer, cubic schedule (after Berlyand et al., arXiv 2503.01922, 2606.02608)"
     score, schedule, structures = magnitude, staticmethod(cubic), None
