@@ -6,7 +6,7 @@
 __all__ = ['top', 'apportion', 'at_once', 'Baseline', 'magnitude', 'Magnitude', 'LayerMagnitude', 'Random', 'GMP', 'Progressive',
            'imp_levels', 'IMP']
 
-# %% ../nbs/07_baselines.ipynb #ce8146a3
+# %% ../nbs/07_baselines.ipynb #c4fa043a
 import math
 from typing import Callable
 
@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-from .pressure import cubic, land_, linear
-from .pruner import Pruner
+from .pressure import check_sparsity, cubic, land_, linear
+from .pruner import Pruner, check_steps
 from .shards import sharded
 
-# %% ../nbs/07_baselines.ipynb #ad49228f
+# %% ../nbs/07_baselines.ipynb #9cb2ffc3
 def top(
     scores:Tensor, # [n]; infinite ones count as the largest finite number
     keep:int, # How many, in [0, n]
@@ -29,7 +29,7 @@ def top(
     land_(s, keep)
     return (s >= 0).to(scores.dtype)
 
-# %% ../nbs/07_baselines.ipynb #4045c254
+# %% ../nbs/07_baselines.ipynb #3bd23bf9
 def apportion(
     wanted:list[float], # For each layer, not whole; adds up to `keep`, up to rounding
     keep:int, # What they must add up to
@@ -43,14 +43,18 @@ def apportion(
         for i in room[:more]: whole[i] += 1
     return whole
 
-# %% ../nbs/07_baselines.ipynb #18cdf800
+# %% ../nbs/07_baselines.ipynb #548b4069
 def at_once(p:float, # Progress in [0, 1]
     target:float, # Density at the end
 )->float:
     "One shot: the target from the first moment on"
     return target
 
-# %% ../nbs/07_baselines.ipynb #a33ab7ac
+def _wanted(sparsity):
+    if sparsity is None: raise ValueError("a sparsity is needed: the fraction of weights to remove, such as 0.98")
+    return check_sparsity(sparsity)
+
+# %% ../nbs/07_baselines.ipynb #5bf9ad20
 class Baseline(Pruner):
     "A score says which weights stay, a schedule how many"
     schedule:Callable = staticmethod(at_once)                               # planned density, of (progress in the span, target)
@@ -65,17 +69,18 @@ class Baseline(Pruner):
         span:tuple=(0., .5), # Shares of the steps between which the schedule goes from start to end
         updates:int=100, # How often masks are renewed in the span
     ):
-        if sparsity is None: raise ValueError("a sparsity is needed: the fraction of weights to remove, such as 0.98")
+        _wanted(sparsity)
         if any(map(sharded, model.parameters())): raise ValueError(f"{type(self).__name__} ranks whole weights, and these are cut by fully_shard: use DDP")
         if not 0 <= span[0] <= span[1] <= 1: raise ValueError(f"span gives two shares of the run, 0 <= begin <= end <= 1: got {span}")
         if not (isinstance(updates, int) and updates > 0): raise ValueError(f"updates counts how often masks are renewed, 1 or more: got {updates!r}")
+        check_steps(steps)
+        self.begin, self.end, self.updates, self.births, self.deaths = round(span[0]*steps), round(span[1]*steps), updates, 0, 0
+        if self.gradual and self.end == self.begin: raise ValueError(f"{type(self).__name__} prunes step by step, and was given none: {span} of {steps} steps; train longer, or widen the span")
         super().__init__(model, optimizer, sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)
-        self.begin, self.end, self.updates = round(span[0]*steps), round(span[1]*steps), updates
-        self.births = self.deaths = 0
-        if self.gradual and self.end == self.begin:
-            self.detach()
-            raise ValueError(f"{type(self).__name__} prunes step by step, and was given none: {span} of {steps} steps; train longer, or widen the span")
-        if self.planned < 1: self.prune()
+        try: self.planned < 1 and self.prune()
+        except BaseException:
+            self.detach()                                                   # or a second attempt would find the weights taken
+            raise
 
     @property
     def gradual(self)->bool: return self.schedule(0., .5) == 1.
@@ -87,19 +92,19 @@ class Baseline(Pruner):
     def observe(self, gradient:Callable): # A function that gives the gradient, flat, or None if this step is skipped
         "Called before each step, for methods that learn from gradients"
 
-# %% ../nbs/07_baselines.ipynb #a852710e
+# %% ../nbs/07_baselines.ipynb #19acdbc1
 @patch(as_prop=True)
 def planned(self:Baseline)->float:
     "The density that the schedule wants by now"
     if self.step >= self.end: return self.keep/self.d
-    return self.schedule(max(0., (self.step - self.begin)/(self.end - self.begin)), self.keep/self.d)
+    return self.schedule(max(0, self.step - self.begin)/max(1, self.end - self.begin), self.keep/self.d)
 
 @patch(as_prop=True)
 def stage(self:Baseline)->str:
     "prune, finetune or done"
     return 'prune' if self.gradual and self.step < self.end else 'finetune' if self.step < self.steps else 'done'
 
-# %% ../nbs/07_baselines.ipynb #fd9746ad
+# %% ../nbs/07_baselines.ipynb #78589b24
 @patch
 @torch.no_grad()
 def prune(self:Baseline):
@@ -129,7 +134,7 @@ def _advance(self:Baseline):
     due = lambda step: (step - self.begin)*self.updates//(self.end - self.begin)
     if due(self.step) > due(self.step - 1) or self.step == self.end: self.prune()
 
-# %% ../nbs/07_baselines.ipynb #39a6058a
+# %% ../nbs/07_baselines.ipynb #fab1e43f
 @patch
 def _before(self:Baseline, grads):
     def gradient():
@@ -166,7 +171,7 @@ def _load(self:Baseline, state):
     for k in ('births', 'deaths', 'begin', 'end', 'updates', *self.extra()): setattr(self, k, own(state[k]))
     self.apply_mask()
 
-# %% ../nbs/07_baselines.ipynb #356ef724
+# %% ../nbs/07_baselines.ipynb #82ca75eb
 def magnitude(self)->Tensor:
     "|θ|"
     return self.flat(self._local).abs_()
@@ -187,7 +192,7 @@ class Random(Baseline):
         super().__init__(model, optimizer, **how)
     def score(self): return torch.rand(self.d, generator=torch.Generator().manual_seed(self.seed)).to(self.mask)
 
-# %% ../nbs/07_baselines.ipynb #16929a46
+# %% ../nbs/07_baselines.ipynb #d5142d42
 class GMP(Baseline):
     "Gradual magnitude pruning: the cubic schedule (Zhu & Gupta 2017, arXiv 1710.01878)"
     score, schedule = magnitude, staticmethod(cubic)
@@ -196,7 +201,7 @@ class Progressive(Baseline):
     "Progressive magnitude pruning: the linear schedule (Qureshi et al., arXiv 2606.12278)"
     score, schedule = magnitude, staticmethod(linear)
 
-# %% ../nbs/07_baselines.ipynb #2d056698
+# %% ../nbs/07_baselines.ipynb #02fb693d
 def imp_levels(
     sparsity:float, # In [0, 1)
     share:float=.2, # Largest share to be removed at once
@@ -207,19 +212,31 @@ def imp_levels(
 class IMP(Baseline):
     "Lottery tickets: train, remove the smallest, rewind, train anew (Frankle & Carbin 2018, arXiv 1803.03635)"
     score, schedule = magnitude, staticmethod(lambda p, target: target**p)
-    def __init__(self, model, optimizer, *, rewind:int=0, levels:int|None=None, span:tuple=(0., 1.), **how):
-        self.levels, self.rewind, self.start = levels or imp_levels(how['sparsity']), rewind, None
-        super().__init__(model, optimizer, span=(0., 1.), **how)            # its trainings fill the run, whatever span others get
-        self.restarts = [round(k*self.steps/(self.levels + 1)) for k in range(1, self.levels + 1)]
-        if not 0 <= rewind < self.restarts[0]:
-            self.detach()
-            raise ValueError(f"IMP trains {self.levels + 1} times in {self.steps} steps, and rewinds to step {rewind}: it must lie in the first {self.restarts[0]} steps")
+    def __init__(self,
+        model:nn.Module,
+        optimizer:torch.optim.Optimizer,
+        *,
+        sparsity:float, # Fraction to remove in all
+        steps:int, # Of all trainings together
+        levels:int|None=None, # How often to prune; None: `imp_levels`
+        rewind:int=0, # Step of the first training whose weights come back
+        span:tuple=(0., 1.), # Not used: trainings fill the run
+        **how, # As in `Baseline`
+    ):
+        check_steps(steps)
+        self.levels, self.rewind, self.start = imp_levels(_wanted(sparsity)) if levels is None else levels, rewind, None
+        if not (isinstance(self.levels, int) and self.levels > 0): raise ValueError(f"levels counts how often IMP prunes, 1 or more: got {levels!r}")
+        self.restarts = [math.ceil(k*steps/(self.levels + 1) - 1e-9) for k in range(1, self.levels + 1)]
+        if self.levels >= steps: raise ValueError(f"IMP trains {self.levels + 1} times in {steps} steps: each training needs at least one; train longer, or give fewer levels")
+        if not (isinstance(rewind, int) and 0 <= rewind < self.restarts[0]):
+            raise ValueError(f"IMP trains {self.levels + 1} times in {steps} steps, and rewinds to step {rewind!r}: it must be a whole number below {self.restarts[0]}, the length of the first training")
+        super().__init__(model, optimizer, sparsity=sparsity, steps=steps, span=(0., 1.), **how)
         if rewind == 0: self.remember()
     def remember(self): self.start = {k: v.clone() for k, v in self.model.state_dict().items() if torch.is_tensor(v)}
     @property
     def level(self): return sum(self.step >= r for r in self.restarts)
     @property
-    def planned(self): return self.schedule(self.level/self.levels, self.keep/self.d) if hasattr(self, 'restarts') else 1.
+    def planned(self): return self.schedule(self.level/self.levels, self.keep/self.d)
     @property
     def stage(self): return 'done' if self.step >= self.steps else 'finetune' if self.level == self.levels else 'prune'
     def _advance(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'prune', 'recipes', 'compare', 'methods', 'main']
 
-# %% ../nbs/10_cli.ipynb #4040b1e2
+# %% ../nbs/10_cli.ipynb #afd14a75
 import argparse, dataclasses, functools, inspect, json, os, shlex, signal, sys, threading
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .rehearsal import rehearse, rehearsal_text
 from .results import summary_text
 from .train import fit
 
-# %% ../nbs/10_cli.ipynb #3af50f40
+# %% ../nbs/10_cli.ipynb #9f17906e
 def choose_device(
     name:str='auto', # auto, cpu, cuda, cuda:1, mps …
 )->torch.device: # ValueError if there is no such device here
@@ -38,7 +38,7 @@ def choose_device(
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); there is cpu" + (" and cuda" if torch.cuda.is_available() else "")) from e
     return torch.device(name)
 
-# %% ../nbs/10_cli.ipynb #64646cbc
+# %% ../nbs/10_cli.ipynb #89781c67
 def prune(
     recipe:str='quick', # A name from `hyperflux recipes`: it gives every setting below that is not given
     root:str=None, # Folder of a full data set, in torchvision's or Debian's layout
@@ -81,7 +81,7 @@ def recipes():
     print(recipes_table() + "\n\nEpochs: dense + pruning + regrowth. GPU hours: if 100 TFLOP/s are sustained; small networks are slower than that.\n"
           "hyperflux prune --recipe NAME runs one; --dry-run tells what it needs on this machine.")
 
-# %% ../nbs/10_cli.ipynb #c827ee3b
+# %% ../nbs/10_cli.ipynb #715c6351
 def _split(epochs, config):
     "Divides all epochs among the stages, in the recipe's proportions"
     parts = dict(dense_epochs=config.dense_epochs, prune_epochs=config.prune_epochs, regrow_epochs=config.regrow_epochs)
@@ -112,7 +112,7 @@ def _command(folder):
     if checkpoints(folder): rest.append('--resume')
     return shlex.join(['hyperflux', 'prune', *rest])
 
-# %% ../nbs/10_cli.ipynb #671c480f
+# %% ../nbs/10_cli.ipynb #3c98c430
 def compare(
     recipe:str='quick', # A name from `hyperflux recipes`: it gives every setting below that is not given
     methods:str='hyperflux,magnitude,gmp', # Names from `hyperflux methods`, or package.module:name, separated by commas; NAME-own gives one of many trainings, such as imp, as many epochs as these need
@@ -166,7 +166,7 @@ def methods():
     print(methods_table() + "\n\nhyperflux compare --methods NAME,NAME sets them side by side; hyperflux prune --method NAME runs one.\n"
           f"NAME-own gives one of several trainings its own budget: {', '.join(k for k, m in METHODS.items() if m.trainings(.9) > 1)}.")
 
-# %% ../nbs/10_cli.ipynb #b2cb599e
+# %% ../nbs/10_cli.ipynb #abb2398c
 _USAGE = """usage: hyperflux COMMAND [options]
 
   hyperflux prune     train a network, prune it to an exact sparsity, write a run folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'head', 'command', 'jaccard', 'mask', 'collect', 'read_comparison']
 
-# %% ../nbs/07f_comparison.ipynb #d4fc9a6f
+# %% ../nbs/07f_comparison.ipynb #00b6fc43
 import csv, dataclasses, itertools, json, math, shlex, statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .flux import format_table
 from .recipes import Config
 from .results import read_history
 
-# %% ../nbs/07f_comparison.ipynb #20ae6f10
+# %% ../nbs/07f_comparison.ipynb #6bcc2f75
 @dataclass
 class Comparison:
     "Methods × sparsities × seeds: what came out"
@@ -48,7 +48,7 @@ class Comparison:
         rows = compare(base, methods, sparsities, seeds, out, own_epochs=own_epochs, **how)
         return cls(head(base, methods, sparsities, seeds, own_epochs, rows), *collect(rows, out))
 
-# %% ../nbs/07f_comparison.ipynb #970db434
+# %% ../nbs/07f_comparison.ipynb #573c74c8
 def head(
     base:Config,
     methods:list[str],
@@ -78,7 +78,7 @@ def command(
         words += [f"--{'' if v else 'no-'}{name}"] if f.type is bool else [f'--{name}', str(v)]
     return shlex.join(['hyperflux', 'compare', *words])
 
-# %% ../nbs/07f_comparison.ipynb #32c2c917
+# %% ../nbs/07f_comparison.ipynb #f5d7b39c
 def jaccard(
     a:dict, # Layer → mask
     b:dict, # The same layers
@@ -90,7 +90,7 @@ def jaccard(
     share = lambda n: n/max(sum(na.values()) + sum(nb.values()) - n, 1e-9)
     return share(both), share(expected)
 
-# %% ../nbs/07f_comparison.ipynb #91af10e9
+# %% ../nbs/07f_comparison.ipynb #e6fe10fe
 def mask(
     folder, # Of a finished run
     layers:list[str], # Names of the weights
@@ -129,14 +129,17 @@ def _overlaps(rows, layers, out):
                           overlap=_round(share, 4), chance=_round(chance, 4)))
     return found
 
-# %% ../nbs/07f_comparison.ipynb #ae2e4bd9
+# %% ../nbs/07f_comparison.ipynb #6cc38639
 @patch(as_prop=True)
 def summary(self:Comparison)->list[dict]:
     "One row for each method, budget and sparsity"
     groups = {}
     for r in self.runs: groups.setdefault((r['method'], r['budget'], r['sparsity']), []).append(r)
-    order = list(dict.fromkeys(k[:2] for k in groups))
+    asked, seen = self.head.get('methods', []), list(dict.fromkeys(k[:2] for k in groups))          # in the order asked for, though cells finish in another
+    order = sorted(seen, key=lambda k: asked.index(n) if (n := _label(*k)) in asked else len(asked))
     return [_summed(*k, groups[k]) for k in sorted(groups, key=lambda k: (order.index(k[:2]), k[2]))]
+
+def _label(method, budget): return method + '-own'*(budget == 'own')
 
 def _summed(method, budget, sparsity, rows):
     done = [r for r in rows if r.get('error') is None]
@@ -149,7 +152,7 @@ def _summed(method, budget, sparsity, rows):
                 cpu_seconds_mean=done and _round(mean('cpu_seconds'), 4) or None, training_flops=max(get('training_flops'), default=None),
                 inference_flops_mean=done and round(mean('inference_flops')) or None, hardware='; '.join(sorted({r['hardware'] for r in done})), commits=several('commit'), dates=several('date'))
 
-# %% ../nbs/07f_comparison.ipynb #4269608d
+# %% ../nbs/07f_comparison.ipynb #16ad1923
 @patch
 def text(self:Comparison, markdown=False)->str:
     "Accuracy, methods × sparsities; what failed"
@@ -165,19 +168,20 @@ def text(self:Comparison, markdown=False)->str:
     c = self.head['config']
     says = f"{c['model']}, {c['data']}: {self.head['split']} accuracy after the last epoch in %, " + (f"mean ± standard deviation over {n} seeds" if n > 1 else "one seed") + "; columns: sparsity." + \
         " In bold: the best mean at equal budgets."*markdown
-    wrong = [f"{r['method']}{'-own'*(r['budget'] == 'own')} at sparsity {r['sparsity']:g}, seed {r['seed']}: {r['error']}" for r in self.runs if r.get('error') is not None]
+    wrong = [f"{_label(r['method'], r['budget'])} at sparsity {r['sparsity']:g}, seed {r['seed']}: {r['error']}" for r in self.runs if r.get('error') is not None]
     return f'{says}\n\n{table}' + '\n\nFailed:\n\n'*bool(wrong) + '\n'.join('- ' + w for w in wrong)
 
 def _kind(self, method, budget):
     if budget == 'equal': return method
-    return f"{method}, own budget" + (f" ({min(e)}–{max(e)} epochs)" if (e := {r['epochs'] for r in self.runs if (r['method'], r['budget']) == (method, budget) and r.get('epochs')}) else '')
+    e = sorted({r['epochs'] for r in self.runs if (r['method'], r['budget']) == (method, budget) and r.get('epochs')})
+    return f"{method}, own budget" + f" ({'–'.join(map(str, e[:1] + e[1:][-1:]))} epochs)"*bool(e)
 
 @patch
 def __repr__(self:Comparison): return self.text()
 @patch
 def _repr_markdown_(self:Comparison): return self.text(markdown=True)
 
-# %% ../nbs/07f_comparison.ipynb #d437f408
+# %% ../nbs/07f_comparison.ipynb #e343c9f6
 @patch
 def plot(self:Comparison,
     ax=None, # matplotlib axes; None: new ones
@@ -188,7 +192,7 @@ def plot(self:Comparison,
     ax, rows = ax or plt.subplots(layout='constrained')[1], [r for r in self.summary if r['n']]
     kinds, sparsities = list(dict.fromkeys((r['method'], r['budget']) for r in rows)), sorted({r['sparsity'] for r in rows})
     for i, (k, color) in enumerate(zip(kinds, sns.color_palette('colorblind', len(kinds)))):
-        if only is not None and k[0] + '-own'*(k[1] == 'own') not in only: continue
+        if only is not None and _label(*k) not in only: continue
         mine = [r for r in rows if (r['method'], r['budget']) == k]
         ax.errorbar([1 - r['sparsity'] for r in mine], [r['accuracy_mean'] for r in mine], [r['accuracy_std'] or 0 for r in mine], color=color, label=_kind(self, *k),
                     marker='osD^vPX*'[i % 8], ms=4, lw=1.2, ls='--' if k[1] == 'own' or i >= 10 else '-', capsize=2)
@@ -202,7 +206,7 @@ def plot(self:Comparison,
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../nbs/07f_comparison.ipynb #c502ef06
+# %% ../nbs/07f_comparison.ipynb #aefbfdd1
 _tables = 'runs', 'summary', 'layers', 'overlap', 'history'
 _texts = {'method', 'budget', 'other_method', 'other_budget', 'run', 'version', 'commit', 'torch', 'python', 'hardware', 'date', 'error', 'layer', 'stage'}
 

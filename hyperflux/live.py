@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LiveTable', 'plan_text']
 
-# %% ../nbs/07g_live.ipynb #bbaa1cda
+# %% ../nbs/07g_live.ipynb #7942a6b4
 import shutil, sys, time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .recipes import Config, cost
 from .rehearsal import rehearse
 from .results import duration
 
-# %% ../nbs/07g_live.ipynb #2d059028
+# %% ../nbs/07g_live.ipynb #b112b17f
 class LiveTable:
     "Called with the rows so far"
     def __init__(self,
@@ -77,7 +77,7 @@ def _in_notebook():
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     return type(shell).__name__ == 'ZMQInteractiveShell'
 
-# %% ../nbs/07g_live.ipynb #41ecfef3
+# %% ../nbs/07g_live.ipynb #315b8f77
 def plan_text(
     base:Config, methods:list[str], sparsities:list[float], seeds:list[int], out, own_epochs:int=0, # As for `compare`
     *,
@@ -90,7 +90,7 @@ def plan_text(
     torch.set_num_threads(threads)
     try:
         for c in todo:
-            if c.label not in times and not finished(c, out): times[c.label] = c.config, rehearse(c.config, data, device=device)
+            if c.label not in times and not finished(c, out): times[c.label] = c.config, rehearse(c.config, data, device=device, steps=10)
     finally: torch.set_num_threads(was)
     groups = {}
     for c in todo: groups.setdefault((c.label, c.sparsity), []).append(c)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'first_images', 'method', 'check_shared', 'methods_table']
 
-# %% ../nbs/07d_methods.ipynb #bf0a8271
+# %% ../nbs/07d_methods.ipynb #74a33d75
 import difflib, importlib
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from .pruner import Pruner
 from .saliency import GraSP, RigL, SNIP, Taylor
 from .spectrum import MarchenkoPastur
 
-# %% ../nbs/07d_methods.ipynb #fb1961a1
+# %% ../nbs/07d_methods.ipynb #f2556c6f
 @dataclass(frozen=True)
 class Method:
     "A way to prune"
@@ -33,7 +33,7 @@ class Method:
     when:str = ''                                    # when it chooses
     paper:str = ''
 
-# %% ../nbs/07d_methods.ipynb #4e16283f
+# %% ../nbs/07d_methods.ipynb #6338cdd9
 def first_images(
     run, # With a train_loader
     n:int, # How many
@@ -51,19 +51,20 @@ def first_images(
         if not left.any(): break
     return torch.cat(xs), torch.cat(ys)
 
-# %% ../nbs/07d_methods.ipynb #7a1acbde
+# %% ../nbs/07d_methods.ipynb #7f660977
 def _possible(config, steps): config.settings().plan(steps, config.sparsity)
 def _trains(config, steps):
     if steps < config.trainings: raise ValueError(f"{config.trainings} trainings have to share {steps} steps: train for more epochs, or ask for a lower sparsity")
 def _noisy(config, steps): L0._plan(SimpleNamespace(span=(0, config.share), travel=1.), steps)
 def _moves(config, steps):
-    if round(config.share*steps) < RigL.every: raise ValueError(f"RigL moves weights every {RigL.every} steps, and has {round(config.share*steps)} to do so: train for more epochs, or take smaller batches")
+    if round(.75*steps) <= RigL.every: raise ValueError(f"RigL moves weights every {RigL.every} steps, and has {round(.75*steps)} to do so: train for more epochs, or take smaller batches")
 
-# %% ../nbs/07d_methods.ipynb #f91c2b5c
+# %% ../nbs/07d_methods.ipynb #6618c183
 def _simple(kind, **more): return lambda run, **how: kind(run.model, run.optimizer, **how, **more)
 def _seeded(kind): return lambda run, **how: kind(run.model, run.optimizer, seed=run.config.seed, **how)
 def _hyperflux(run, span, **how):
     return Hyperflux(run.model, run.optimizer, settings=run.config.settings(), seed=run.config.seed, meter=True, compile=run.compile, **how)
+def _rigl(run, span, **how): return RigL(run.model, run.optimizer, seed=run.config.seed, **how)            # until 75 % of the steps, as published
 def _snip(run, **how): return SNIP(run.model, run.optimizer, batch=first_images(run, 128), **how)
 def _grasp(run, **how): return GraSP(run.model, run.optimizer, batch=first_images(run, 10, run.data.n_classes), **how)
 
@@ -80,12 +81,12 @@ METHODS = { # Name → Method
     'imp':             Method(_simple(IMP), True, trainings=lambda s: imp_levels(s) + 1, check=_trains, sees='size after training', when='after each of many trainings', paper='arXiv 1803.03635'),
     'snip':            Method(_snip, True, sees='gradient times weight on 128 images', when='once, untrained', paper='arXiv 1810.02340'),
     'grasp':           Method(_grasp, True, sees='Hessian times gradient times weight on ten images a class', when='once, untrained', paper='arXiv 2002.07376'),
-    'rigl':            Method(_seeded(RigL), True, check=_moves, sees='size of present, gradient of absent weights', when='every 100 steps, sparse all along', paper='arXiv 1911.11134'),
+    'rigl':            Method(_rigl, True, check=_moves, sees='size of present, gradient of absent weights', when='every 100 steps, sparse all along', paper='arXiv 1911.11134'),
     'l0':              Method(_seeded(L0), True, check=_noisy, sees='gradient of random gates', when='every step', paper='arXiv 1712.01312'),
 }
 _shipped = dict(METHODS)                                                # what other processes know, too
 
-# %% ../nbs/07d_methods.ipynb #b3f352cb
+# %% ../nbs/07d_methods.ipynb #95c53544
 def method(
     name:str, # A key of METHODS, or package.module:name
 )->Method: # ValueError if there is none

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['Taylor', 'still', 'SNIP', 'GraSP', 'erk', 'RigL']
 
-# %% ../nbs/07a_saliency.ipynb #bb641b8d
+# %% ../nbs/07a_saliency.ipynb #dd53e531
 import contextlib, math
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .baselines import Baseline, Random, apportion, magnitude, top
 from .pressure import cubic
+from .pruner import check_steps
 
-# %% ../nbs/07a_saliency.ipynb #2bc95951
+# %% ../nbs/07a_saliency.ipynb #ac85fe6f
 class Taylor(Baseline):
     "Mean of (g·θ)² since the masks were renewed, cubic schedule (Molchanov et al. 2019, arXiv 1906.10771)"
     schedule, total, seen = staticmethod(cubic), None, 0
@@ -25,24 +27,25 @@ class Taylor(Baseline):
         s = g.mul_(self.flat(self._local)).square_()
         self.total, self.seen = s if self.seen == 0 else self.total.add_(s), self.seen + 1
     def score(self):
-        s, self.seen = self.total/max(self.seen, 1), 0
+        if not self.seen: return magnitude(self)                            # all steps since were skipped, as a GradScaler's first may be
+        s, self.seen = self.total/self.seen, 0
         return s
     def extra(self): return dict(total=self.total, seen=self.seen)
 
-# %% ../nbs/07a_saliency.ipynb #7ba44284
+# %% ../nbs/07a_saliency.ipynb #3da92d64
 @contextlib.contextmanager
 def still(model):
     "Train mode with gradients, for a look; mode, running statistics and random state are put back"
-    modes, buffers, random = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()], torch.get_rng_state()
+    modes, buffers = [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == 'cuda'}
     try:
-        with torch.enable_grad(): yield model.train()
+        with torch.enable_grad(), torch.random.fork_rng(devices): yield model.train()
     finally:
         for m, was in modes: m.training = was
         with torch.no_grad():
             for b, was in buffers: b.copy_(was)
-        torch.set_rng_state(random)
 
-# %% ../nbs/07a_saliency.ipynb #8ffe5983
+# %% ../nbs/07a_saliency.ipynb #8c9f73cf
 class SNIP(Baseline):
     "Connection sensitivity |g·θ| on one batch, before training (Lee et al. 2018, arXiv 1810.02340)"
     def __init__(self,
@@ -59,20 +62,20 @@ class SNIP(Baseline):
     def score(self): return self.flat([w*g for w, g in zip(self.params, self.gradient())]).abs_()
     def gradient(self):
         x, y = self.batch
-        with still(self.model) as model: return torch.autograd.grad(self.loss(model(x), y), self.params)
+        with still(self.model) as model: return torch.autograd.grad(self.loss(model(x), y), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #aa9ed73c
+# %% ../nbs/07a_saliency.ipynb #975d4dbd
 class GraSP(SNIP):
     "Gradient signal preservation: θ·Hg on one batch, ten samples a class, before training (Wang et al. 2020, arXiv 2002.07376)"
     temperature = 200.
     def score(self): return self.flat([w*h for w, h in zip(self.params, self.hessian_gradient())])
     def hessian_gradient(self):
         x, y = self.batch
-        with still(self.model) as model:
-            g = torch.autograd.grad(self.loss(model(x)/self.temperature, y), self.params, create_graph=True)
-            return torch.autograd.grad(sum((a.detach()*a).sum() for a in g), self.params)
+        with still(self.model) as model, sdpa_kernel(SDPBackend.MATH):          # fused attention has no second derivative
+            g = torch.autograd.grad(self.loss(model(x)/self.temperature, y), self.params, create_graph=True, materialize_grads=True)
+            return torch.autograd.grad(sum((a.detach()*a).sum() for a in g), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #7b8ab6c2
+# %% ../nbs/07a_saliency.ipynb #298765b5
 def erk(
     shapes:list[tuple], # Of the weights
     keep:int, # Weights in all
@@ -86,30 +89,32 @@ def erk(
         if not over: return apportion([n if i in dense else raw[i]*scale*n for i, n in enumerate(sizes)], keep, sizes)
         dense.add(max(over, key=lambda i: raw[i]))
 
-# %% ../nbs/07a_saliency.ipynb #0ed7077a
+# %% ../nbs/07a_saliency.ipynb #6ba19abc
 class RigL(Random):
     "Sparse all along: drops by |θ|, grows by |g| (Evci et al. 2020, arXiv 1911.11134)"
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first
-    def __init__(self, model, optimizer, *, span:tuple=(0., .75), **how):
+    def __init__(self, model, optimizer, *, steps:int, span:tuple=(0., .75), **how):
         self.grow = None
-        super().__init__(model, optimizer, span=span, **how)
-        if self.end < self.every:
-            self.detach()
-            raise ValueError(f"RigL moves weights every {self.every} steps until step {self.end} of {self.steps}: it would never do so; train longer")
+        check_steps(steps)
+        if (end := round(span[1]*steps)) <= self.every: raise ValueError(f"RigL moves weights every {self.every} steps until step {end} of {steps}: it would never do so; train longer")
+        super().__init__(model, optimizer, steps=steps, span=span, **how)
     def budgets(self, keep): return erk([tuple(p.shape) for p in self.params], keep)
     def observe(self, gradient):
-        if (self.step + 1) % self.every == 0 and self.step + 1 < self.end: self.grow = gradient()
+        if (self.step + 1) % self.every or self.step + 1 >= self.end: return
+        self.grow, self.idle = gradient(), [p.grad is None for p in self.params]
     def _advance(self):
         if self.grow is None: return
+        if not self.grow.isfinite().all(): raise FloatingPointError(f"gradients hold NaN or infinity at step {self.step}: training has diverged; lower the learning rate, or clip gradients")
         share, size, parts = self.drop*(1 + math.cos(math.pi*self.step/self.end))/2, magnitude(self), []
-        for w, g, m in zip(*(v.split(self.sizes) for v in (size, self.grow.abs_(), self.mask))):
+        for w, g, m, idle in zip(*(v.split(self.sizes) for v in (size, self.grow.abs_(), self.mask)), self.idle):
             n = int(m.sum())
-            k = min(int(share*n), len(m) - n)
+            k = 0 if idle else min(int(share*n), len(m) - n)
             stay = top(torch.where(m > 0, w, -math.inf), n - k)
             parts.append(stay + top(torch.where(stay > 0, -math.inf, g), k))
-        new, self.grow = torch.cat(parts), None
-        self.forget((new > self.mask).to(new))
-        self.renew(new)
+        before, self.grow = self.mask.clone(), None
+        self.renew(torch.cat(parts))
+        self.forget((self.mask > before).to(before))
+    def extra(self): return dict(every=self.every, drop=self.drop)
     def forget(self, grown):
         for p, g in zip(self.params, self._views(grown)):
             for v in self.optimizer.state[p].values():

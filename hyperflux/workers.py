@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['each', 'alone']
 
-# %% ../nbs/06f_workers.ipynb #edf652bd
+# %% ../nbs/06f_workers.ipynb #0e8a448f
 import contextlib, multiprocessing, os, signal, threading, traceback
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 try: import fcntl
 except ImportError: fcntl = None                                        # Windows: there nothing is locked
 
-# %% ../nbs/06f_workers.ipynb #5c342f4c
+# %% ../nbs/06f_workers.ipynb #e5cc61f7
 def _attempt(do, *args):
     "Its result and None, or None and what went wrong"
     try: return do(*args), None
@@ -54,7 +54,7 @@ def _death(process):
     name = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f'exit code {process.exitcode}'
     return f"its process ended with {name}" + " (killed by hand, or for memory)"*(name == 'SIGKILL') + "; the same command goes on from its last checkpoint"
 
-# %% ../nbs/06f_workers.ipynb #2bbcf004
+# %% ../nbs/06f_workers.ipynb #a6969931
 def each(
     jobs:dict, # Key → (key of the job that has to come first or None, function, *arguments)
     processes:int, # At a time; 1: in this process
@@ -101,7 +101,7 @@ def each(
         for p in pipes.values(): p.kill()
         for p in pipes.values(): p.join()
 
-# %% ../nbs/06f_workers.ipynb #1132d5f4
+# %% ../nbs/06f_workers.ipynb #db0dcfde
 @contextlib.contextmanager
 def alone(
     out:Path, # Made if it is not there

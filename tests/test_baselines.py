@@ -1,7 +1,4 @@
-"""The rivals against independent means: torch's own pruning, float64 autograd written the long way, formulas in fractions, books kept by hand.
-
-What is marked xfail shows a known fault; strict, so that its repair is noticed.
-"""
+"""The rivals against independent means: torch's own pruning, float64 autograd written the long way, formulas in fractions, books kept by hand."""
 import copy, io, math, os, random, signal, subprocess, sys
 from collections import OrderedDict
 from fractions import Fraction
@@ -89,7 +86,6 @@ def train(model, opt, begin, end, look=lambda i: None, loss=loss):
 def vector(tensors): return torch.cat([t.detach().reshape(-1) for t in tensors])          # in the logical order of the weights
 def mask(p): return vector(p._masks)
 def weights(p): return vector(p.params)
-def fault(reason, error=Exception): return pytest.mark.xfail(strict=True, raises=error, reason=reason)
 def refuses(match, error=ValueError): return pytest.raises(error, match=match)
 
 
@@ -304,10 +300,9 @@ def test_taylor_by_hand(case):
     assert scores == 6 and p.left == p.keep and p.births == 0 and p.deaths == p.d - p.keep
 
 
-@fault("Taylor.total is None until a gradient was seen: None/1 when all steps of the first window were skipped", TypeError)
 def test_taylor_skipped_from_the_start():
     "A GradScaler starts high, and its first steps overflow: the fused optimiser skips them, and nothing has been seen when masks are to be renewed"
-    model, opt, p = start(Taylor, lambda m: sgd(m, fused=True), updates=100)
+    model, opt, p = start(Taylor, lambda m: sgd(m, fused=True, momentum=0.), updates=100)      # with momentum, torch's fused SGD takes up what lay in memory
     scaler = torch.amp.GradScaler('cpu', init_scale=2.**10)
     for i in range(3):
         opt.zero_grad()
@@ -704,7 +699,6 @@ def test_closure_and_ignored_layers():
     assert torch.equal(mask(runs[0]), mask(runs[1])) and torch.equal(weights(runs[0]), weights(runs[1]))
 
 
-@fault('a gradient that is None is taken for zeros: the smallest weights go, and the first absent ones come', AssertionError)
 def test_rigl_leaves_alone_what_had_no_gradient():
     "As the optimiser does, and as gates do (design.md)"
     model, opt, p = start(Swift, build=Heads)                        # head b never computes
@@ -714,7 +708,6 @@ def test_rigl_leaves_alone_what_had_no_gradient():
     assert torch.equal(before[2], p._masks[2])
 
 
-@fault('forget() is told the mask of this process, before renew() takes that of process 0', AssertionError)
 def test_rigl_forgets_what_all_processes_grow(monkeypatch):
     "The mask of process 0 counts, also for whose momentum is cleared"
     model, opt, p = start(Swift, sgd)
@@ -746,7 +739,6 @@ def test_sparsity(kind, sparsity, error, says):
     with refuses(says, error): start(kind, sparsity=sparsity)
 
 
-@fault('imp_levels takes the logarithm before anyone has looked at the sparsity')
 @sparsities
 def test_sparsity_imp(sparsity, error, says):
     with refuses(says, error): start(IMP, sparsity=sparsity, levels=None)
@@ -787,12 +779,10 @@ def test_rigl_too_short():
     with refuses('RigL moves weights every 100 steps until step 75 of 100: it would never do so; train longer'): start(RigL, steps=100)
 
 
-@fault('`end < every` lets end == every pass, but the last move comes before the end', pytest.fail.Exception)
 def test_rigl_that_would_never_move():
     with refuses('it would never do so'): start(RigL, steps=133)     # end = 100: the move at step 100 is not made
 
 
-@fault('the too short run is refused after the weights were masked', AssertionError)
 def test_rigl_refuses_before_it_prunes():
     torch.manual_seed(0)
     model = mlp()
@@ -817,7 +807,6 @@ def test_rigl_under_a_grad_scaler(fused):
     assert moved == ([19] if fused else [10, 20]) and (weights(p)[mask(p) == 0] == 0).all() and weights(p).isfinite().all()
 
 
-@fault('every and drop are plain attributes, as the notebook sets them, and no part of the state', AssertionError)
 def test_rigl_resumes_with_its_own_pace():
     model, opt, p = start(RigL, steps=200)
     p.every = 10
@@ -827,7 +816,6 @@ def test_rigl_resumes_with_its_own_pace():
     assert other[2].every == 10
 
 
-@fault('progress in a span of no length', ZeroDivisionError)
 @pytest.mark.parametrize('kind', [Random, Magnitude, LayerMagnitude, SNIP, GraSP])
 def test_one_shot_with_an_empty_span(kind):
     "What prunes at once does not care for the span: it is allowed (begin <= end), so it works"
@@ -835,7 +823,6 @@ def test_one_shot_with_an_empty_span(kind):
     assert start(kind, span=(.5, .5))[2].left == 51
 
 
-@fault('a score that raises within __init__ leaves the pruner attached, with nobody holding it', ValueError)
 def test_a_failed_attempt_leaves_nothing_behind():
     "One corrects the batch and tries again"
     model = mlp()
@@ -844,7 +831,6 @@ def test_a_failed_attempt_leaves_nothing_behind():
     assert SNIP(model, opt, sparsity=.8, steps=60, batch=(xs, ys)).left == 51
 
 
-@fault("autograd's own words, without a name and with an advice that the user cannot follow", RuntimeError)
 @pytest.mark.parametrize('kind', [SNIP, GraSP])
 def test_a_layer_the_loss_does_not_reach(kind):
     "Its weights are worth nothing, or it is named"
@@ -861,20 +847,18 @@ class Attentive(nn.Module):
     def forward(self, x): return self.head(F.scaled_dot_product_attention(*self.qkv(x[..., None]).view(-1, 1, 13, 24).chunk(3, -1)).mean((1, 2)))
 
 
-@fault("torch's fused attention has no second derivative: deit_t and deit_s of this package cannot be given to GraSP", RuntimeError)
 def test_grasp_on_attention():
     model, opt, p = start(GraSP, build=Attentive)
     assert p.left == p.keep
 
 
-@fault('levels=-1 and whole numbers in general are not checked, nor that rewind is one: it then fails at the first restart', (Exception, pytest.fail.Exception))
 @pytest.mark.parametrize('how', [dict(levels=-1), dict(levels=1.5), dict(rewind=1.5), dict(levels=0)])
 def test_imp_arguments(how):
     with refuses('levels|rewind'): start(IMP, **how)
 
 
 def test_imp_refuses():
-    with refuses('IMP trains 5 times in 60 steps, and rewinds to step 12: it must lie in the first 12 steps'): start(IMP, rewind=12)
+    with refuses('IMP trains 5 times in 60 steps, and rewinds to step 12: it must be a whole number below 12'): start(IMP, rewind=12)
     with refuses('rewinds to step -1'): start(IMP, rewind=-1)
     with refuses('IMP trains 51 times in 20 steps'): start(IMP, steps=20, levels=50)
     assert start(IMP, rewind=11)[2].rewind == 11
