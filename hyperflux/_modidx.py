@@ -55,6 +55,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'hyperflux.checkpoint': { 'hyperflux.checkpoint._gist': ('checkpoint.html#_gist', 'hyperflux/checkpoint.py'),
                                       'hyperflux.checkpoint._save': ('checkpoint.html#_save', 'hyperflux/checkpoint.py'),
                                       'hyperflux.checkpoint._sync_folder': ('checkpoint.html#_sync_folder', 'hyperflux/checkpoint.py'),
+                                      'hyperflux.checkpoint._undisturbed': ('checkpoint.html#_undisturbed', 'hyperflux/checkpoint.py'),
                                       'hyperflux.checkpoint._unreadable': ('checkpoint.html#_unreadable', 'hyperflux/checkpoint.py'),
                                       'hyperflux.checkpoint.atomic': ('checkpoint.html#atomic', 'hyperflux/checkpoint.py'),
                                       'hyperflux.checkpoint.checkpoints': ('checkpoint.html#checkpoints', 'hyperflux/checkpoint.py'),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/06b_checkpoint.ipynb #1a0e21f2
-import contextlib, os, pickle, zipfile
+# %% ../nbs/06b_checkpoint.ipynb #e590ca7e
+import contextlib, os, pickle, signal, threading, zipfile
 from pathlib import Path
 
 import torch
 
-# %% ../nbs/06b_checkpoint.ipynb #ca3f4fef
+# %% ../nbs/06b_checkpoint.ipynb #36c4d518
 @contextlib.contextmanager
 def atomic(
     path, # The file to be there afterwards
@@ -39,12 +39,23 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoint.ipynb #5c8fed49
+# %% ../nbs/06b_checkpoint.ipynb #b3bd160d
 def checkpoints(
     folder, # Of a run
 )->list[Path]: # Oldest first
     "The whole checkpoints in a folder"
     return sorted(p for p in Path(folder).glob('checkpoint-*.pt') if p.stem[11:].isdigit())
+
+@contextlib.contextmanager
+def _undisturbed():
+    "Ctrl-C and SIGTERM come after the block: an exception in the middle of torch's writer would end the program"
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    came, was = [], {s: h for s in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(s)) is not None}
+    for s in was: signal.signal(s, lambda s, frame: came.append(s))
+    try: yield
+    finally:
+        for s, h in was.items(): signal.signal(s, h)
+    for s in came: signal.raise_signal(s)
 
 def _save(state, f):
     "Of what stops torch in the middle, such as a full disk, it tells only that the file's end is not where it should be"
@@ -61,7 +72,7 @@ def write_checkpoint(
     path = Path(folder)/f'checkpoint-{step:09d}.pt'
     for stump in Path(folder).glob('checkpoint-*.pt.part'): stump.unlink()  # of a run that was killed while it wrote
     try:
-        with atomic(path) as f: _save(state, f)
+        with _undisturbed(), atomic(path) as f: _save(state, f)
     except OSError as e:
         whole = [p.name for p in checkpoints(folder)]
         raise OSError(f"{e}; " +
@@ -69,7 +80,7 @@ def write_checkpoint(
     for old in checkpoints(folder)[:-keep]: old.unlink()
     return path
 
-# %% ../nbs/06b_checkpoint.ipynb #b04705b2
+# %% ../nbs/06b_checkpoint.ipynb #a478199b
 def read_checkpoint(
     path, # A file
     device='cpu', # Where its tensors go
@@ -95,7 +106,7 @@ def _unreadable(path, error):
 
 def _gist(x): return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
 
-# %% ../nbs/06b_checkpoint.ipynb #3a87dc78
+# %% ../nbs/06b_checkpoint.ipynb #07efe80a
 def random_state(device='cpu')->dict:
     "The states of torch's generators, of the CPU and of `device`"
     device = torch.device(device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Taylor', 'still', 'SNIP', 'GraSP', 'erk', 'RigL']
 
-# %% ../nbs/07a_saliency.ipynb #dd53e531
+# %% ../nbs/07a_saliency.ipynb #a2969ca1
 import contextlib, math
 from typing import Callable
 
@@ -18,7 +18,7 @@ from .baselines import Baseline, Random, apportion, magnitude, top
 from .pressure import cubic
 from .pruner import check_steps
 
-# %% ../nbs/07a_saliency.ipynb #ac85fe6f
+# %% ../nbs/07a_saliency.ipynb #0efafa95
 class Taylor(Baseline):
     "Mean of (g·θ)² since the masks were renewed, cubic schedule (Molchanov et al. 2019, arXiv 1906.10771)"
     schedule, total, seen = staticmethod(cubic), None, 0
@@ -32,7 +32,7 @@ class Taylor(Baseline):
         return s
     def extra(self): return dict(total=self.total, seen=self.seen)
 
-# %% ../nbs/07a_saliency.ipynb #3da92d64
+# %% ../nbs/07a_saliency.ipynb #9d3696d7
 @contextlib.contextmanager
 def still(model):
     "Train mode with gradients, for a look; mode, running statistics and random state are put back"
@@ -45,7 +45,7 @@ def still(model):
         with torch.no_grad():
             for b, was in buffers: b.copy_(was)
 
-# %% ../nbs/07a_saliency.ipynb #8c9f73cf
+# %% ../nbs/07a_saliency.ipynb #ea8824f7
 class SNIP(Baseline):
     "Connection sensitivity |g·θ| on one batch, before training (Lee et al. 2018, arXiv 1810.02340)"
     def __init__(self,
@@ -64,7 +64,7 @@ class SNIP(Baseline):
         x, y = self.batch
         with still(self.model) as model: return torch.autograd.grad(self.loss(model(x), y), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #975d4dbd
+# %% ../nbs/07a_saliency.ipynb #b90157bd
 class GraSP(SNIP):
     "Gradient signal preservation: θ·Hg on one batch, ten samples a class, before training (Wang et al. 2020, arXiv 2002.07376)"
     temperature = 200.
@@ -75,7 +75,7 @@ class GraSP(SNIP):
             g = torch.autograd.grad(self.loss(model(x)/self.temperature, y), self.params, create_graph=True, materialize_grads=True)
             return torch.autograd.grad(sum((a.detach()*a).sum() for a in g), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #298765b5
+# %% ../nbs/07a_saliency.ipynb #6b862a05
 def erk(
     shapes:list[tuple], # Of the weights
     keep:int, # Weights in all
@@ -89,7 +89,7 @@ def erk(
         if not over: return apportion([n if i in dense else raw[i]*scale*n for i, n in enumerate(sizes)], keep, sizes)
         dense.add(max(over, key=lambda i: raw[i]))
 
-# %% ../nbs/07a_saliency.ipynb #6ba19abc
+# %% ../nbs/07a_saliency.ipynb #9a1f2076
 class RigL(Random):
     "Sparse all along: drops by |θ|, grows by |g| (Evci et al. 2020, arXiv 1911.11134)"
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first
