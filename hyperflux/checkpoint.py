@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['atomic', 'checkpoints', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state']
 
-# %% ../nbs/06b_checkpoint.ipynb #e590ca7e
+# %% ../nbs/06b_checkpoint.ipynb #4880313b
 import contextlib, os, pickle, signal, threading, zipfile
 from pathlib import Path
 
 import torch
 
-# %% ../nbs/06b_checkpoint.ipynb #36c4d518
+# %% ../nbs/06b_checkpoint.ipynb #1aecaf4f
 @contextlib.contextmanager
 def atomic(
     path, # The file to be there afterwards
@@ -39,7 +39,7 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/06b_checkpoint.ipynb #b3bd160d
+# %% ../nbs/06b_checkpoint.ipynb #041ec19a
 def checkpoints(
     folder, # Of a run
 )->list[Path]: # Oldest first
@@ -80,7 +80,7 @@ def write_checkpoint(
     for old in checkpoints(folder)[:-keep]: old.unlink()
     return path
 
-# %% ../nbs/06b_checkpoint.ipynb #a478199b
+# %% ../nbs/06b_checkpoint.ipynb #f2733f6c
 def read_checkpoint(
     path, # A file
     device='cpu', # Where its tensors go
@@ -106,7 +106,7 @@ def _unreadable(path, error):
 
 def _gist(x): return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
 
-# %% ../nbs/06b_checkpoint.ipynb #07efe80a
+# %% ../nbs/06b_checkpoint.ipynb #068b99ef
 def random_state(device='cpu')->dict:
     "The states of torch's generators, of the CPU and of `device`"
     device = torch.device(device)

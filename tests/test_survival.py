@@ -10,6 +10,7 @@ import pytest, torch
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root))
 from benchmarks.kill import SETTINGS, Runner, arguments, command, differences, inspect, reference, survive                      # noqa: E402
+from hyperflux import checkpoint                                                                                                  # noqa: E402
 from hyperflux.checkpoint import checkpoints, read_checkpoint                                                                    # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='SIGKILL, process groups and /proc, as on Linux')
@@ -291,6 +292,21 @@ def offspring(pid):
     found = [pid]
     for f in found: found += [k for k, v in parents.items() if v == f]
     return found
+
+
+def test_a_signal_waits_for_the_checkpoint(tmp_path, monkeypatch):
+    "Torch's writer ends the program if an exception leaves it half way: Ctrl-C and SIGTERM come when the file is whole"
+    save = checkpoint._save
+    def stop(*_): raise KeyboardInterrupt
+    for k, sig in enumerate((signal.SIGINT, signal.SIGTERM)):
+        def disturbed(state, f): signal.raise_signal(sig); save(state, f)
+        monkeypatch.setattr(checkpoint, '_save', disturbed)
+        was = signal.signal(sig, stop)
+        try:
+            with pytest.raises(KeyboardInterrupt): checkpoint.write_checkpoint(tmp_path, k, dict(config={}))
+            assert signal.getsignal(sig) is stop
+        finally: signal.signal(sig, was)
+        assert checkpoint.read_checkpoint(checkpoint.checkpoints(tmp_path)[-1]) == dict(config={}) and len(list(tmp_path.iterdir())) == k + 1
 
 
 class Group:
