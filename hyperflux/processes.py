@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['World', 'join', 'leave', 'wrap', 'first']
 
-# %% ../nbs/06c_processes.ipynb #2929a82c
-import contextlib, os
+# %% ../nbs/06c_processes.ipynb #43e0fdb3
+import contextlib, gc, os
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch, torch.distributed as dist
 from torch import Tensor, nn
 
-# %% ../nbs/06c_processes.ipynb #9685f991
+# %% ../nbs/06c_processes.ipynb #d329a368
 class World(NamedTuple):
     "This process among all that train together; alone by default"
     rank:int=0 # Which one this is, 0 <= rank < size
@@ -45,7 +45,7 @@ class World(NamedTuple):
         "Wait until all are here"
         if self.size > 1: dist.barrier()
 
-# %% ../nbs/06c_processes.ipynb #d552d528
+# %% ../nbs/06c_processes.ipynb #55a1550b
 _TORCHRUN = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
 
 def join(
@@ -70,8 +70,10 @@ def join(
     return World(dist.get_rank(), dist.get_world_size(), local) if dist.is_initialized() else World(local_rank=local)
 
 def leave():
-    "Say goodbye, at the end of the program"
-    if dist.is_initialized(): dist.destroy_process_group()
+    "Say goodbye, at the end of the program, when nothing that used the group is needed any more"
+    if not dist.is_initialized(): return
+    gc.collect()                                                    # a wrapped model keeps the group's threads, and Python cannot end while they run
+    dist.destroy_process_group()
 
 def wrap(
     model:nn.Module, # On its device; the pruner and the optimiser keep working on this one

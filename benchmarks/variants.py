@@ -1,0 +1,22 @@
+"""Hyperflux otherwise: methods for `hyperflux compare` that each change one thing, to find out what a difference comes from.
+
+    hyperflux compare --methods hyperflux,l0,benchmarks.variants:untrained,benchmarks.variants:late --sparsities .9,.98 --valid .1 …
+"""
+import dataclasses
+
+from hyperflux.hyperflux import Hyperflux
+from hyperflux.methods import Method
+
+
+def variant(untrained=False, settle=None):
+    "Hyperflux from the first step on, or with another share of steps after its landing"
+    def make(run, span, **how):
+        prune = span[1]
+        settings = dataclasses.replace(run.config.settings(), prune=prune, settle=(1 - prune)/2 if settle is None else settle)
+        return Hyperflux(run.model, run.optimizer, settings=settings, seed=run.config.seed, meter=True, compile=run.compile, **how)
+    return Method(make, untrained=untrained)
+
+
+untrained = variant(untrained=True)                     # no dense epochs: 50 epochs under its own rule, as hard-concrete L0 has
+late = variant(settle=.05)                              # lands when nearly all is over
+soon = variant(settle=.45)                              # lands as soon as pruning ends: hardly any regrowth
