@@ -81,13 +81,13 @@ def differing(a, b, path=''):
     "Where two checkpoints differ, apart from time: nothing that is compared with a tolerance"
     if type(a) is not type(b): return [path]
     if isinstance(a, torch.Tensor): return [] if a.dtype == b.dtype and torch.equal(a.view(torch.uint8) if a.ndim else a, b.view(torch.uint8) if b.ndim else b) else [path]
-    if isinstance(a, dict): return [path] if list(a) != list(b) else [d for k in a if k != 'seconds' for d in differing(a[k], b[k], f'{path}/{k}')]
+    if isinstance(a, dict): return [path] if list(a) != list(b) else [d for k in a if k not in ('seconds', 'cpu_seconds') for d in differing(a[k], b[k], f'{path}/{k}')]
     if isinstance(a, (list, tuple)): return [path] if len(a) != len(b) else [d for i, (x, y) in enumerate(zip(a, b)) for d in differing(x, y, f'{path}/{i}')]
     return [] if repr(a) == repr(b) else [path]
 
 
 def differences(folder, whole):
-    "How two finished runs differ: files by their bytes, the last checkpoint by all it holds but seconds"
+    "How two finished runs differ: files by their bytes, the last checkpoint by all it holds but times"
     names = [sorted(p.name for p in f.iterdir()) for f in (folder, whole)]
     if names[0] != names[1]: return [f'files {names[0]}, not {names[1]}']
     bytes_of = [k for k in ('config.json', 'history.csv', 'model.safetensors', 'run.png') if (folder/k).read_bytes() != (whole/k).read_bytes()]

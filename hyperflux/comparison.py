@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'head', 'command', 'jaccard', 'mask', 'collect', 'read_comparison']
 
-# %% ../nbs/07f_comparison.ipynb #00b6fc43
+# %% ../nbs/07f_comparison.ipynb #180f010f
 import csv, dataclasses, itertools, json, math, shlex, statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .flux import format_table
 from .recipes import Config
 from .results import read_history
 
-# %% ../nbs/07f_comparison.ipynb #6bcc2f75
+# %% ../nbs/07f_comparison.ipynb #2420e33f
 @dataclass
 class Comparison:
     "Methods × sparsities × seeds: what came out"
@@ -48,7 +48,7 @@ class Comparison:
         rows = compare(base, methods, sparsities, seeds, out, own_epochs=own_epochs, **how)
         return cls(head(base, methods, sparsities, seeds, own_epochs, rows), *collect(rows, out))
 
-# %% ../nbs/07f_comparison.ipynb #573c74c8
+# %% ../nbs/07f_comparison.ipynb #0661e776
 def head(
     base:Config,
     methods:list[str],
@@ -78,7 +78,7 @@ def command(
         words += [f"--{'' if v else 'no-'}{name}"] if f.type is bool else [f'--{name}', str(v)]
     return shlex.join(['hyperflux', 'compare', *words])
 
-# %% ../nbs/07f_comparison.ipynb #f5d7b39c
+# %% ../nbs/07f_comparison.ipynb #dcc9a24c
 def jaccard(
     a:dict, # Layer → mask
     b:dict, # The same layers
@@ -90,7 +90,7 @@ def jaccard(
     share = lambda n: n/max(sum(na.values()) + sum(nb.values()) - n, 1e-9)
     return share(both), share(expected)
 
-# %% ../nbs/07f_comparison.ipynb #e6fe10fe
+# %% ../nbs/07f_comparison.ipynb #e36a9efb
 def mask(
     folder, # Of a finished run
     layers:list[str], # Names of the weights
@@ -129,7 +129,7 @@ def _overlaps(rows, layers, out):
                           overlap=_round(share, 4), chance=_round(chance, 4)))
     return found
 
-# %% ../nbs/07f_comparison.ipynb #6cc38639
+# %% ../nbs/07f_comparison.ipynb #6f087f5b
 @patch(as_prop=True)
 def summary(self:Comparison)->list[dict]:
     "One row for each method, budget and sparsity"
@@ -152,7 +152,7 @@ def _summed(method, budget, sparsity, rows):
                 cpu_seconds_mean=done and _round(mean('cpu_seconds'), 4) or None, training_flops=max(get('training_flops'), default=None),
                 inference_flops_mean=done and round(mean('inference_flops')) or None, hardware='; '.join(sorted({r['hardware'] for r in done})), commits=several('commit'), dates=several('date'))
 
-# %% ../nbs/07f_comparison.ipynb #16ad1923
+# %% ../nbs/07f_comparison.ipynb #456b1ecd
 @patch
 def text(self:Comparison, markdown=False)->str:
     "Accuracy, methods × sparsities; what failed"
@@ -181,7 +181,7 @@ def __repr__(self:Comparison): return self.text()
 @patch
 def _repr_markdown_(self:Comparison): return self.text(markdown=True)
 
-# %% ../nbs/07f_comparison.ipynb #e343c9f6
+# %% ../nbs/07f_comparison.ipynb #bc52ae4e
 @patch
 def plot(self:Comparison,
     ax=None, # matplotlib axes; None: new ones
@@ -206,7 +206,7 @@ def plot(self:Comparison,
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../nbs/07f_comparison.ipynb #aefbfdd1
+# %% ../nbs/07f_comparison.ipynb #0fed74c4
 _tables = 'runs', 'summary', 'layers', 'overlap', 'history'
 _texts = {'method', 'budget', 'other_method', 'other_budget', 'run', 'version', 'commit', 'torch', 'python', 'hardware', 'date', 'error', 'layer', 'stage'}
 

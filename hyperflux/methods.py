@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'first_images', 'method', 'check_shared', 'methods_table']
 
-# %% ../nbs/07d_methods.ipynb #3290913d
+# %% ../nbs/07d_methods.ipynb #5f6d3307
 import difflib, importlib
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from .pruner import Pruner
 from .saliency import GraSP, RigL, SNIP, Taylor
 from .spectrum import MarchenkoPastur
 
-# %% ../nbs/07d_methods.ipynb #a79d50c8
+# %% ../nbs/07d_methods.ipynb #5db91dc1
 @dataclass(frozen=True)
 class Method:
     "A way to prune"
@@ -33,7 +33,7 @@ class Method:
     when:str = ''                                    # when it chooses
     paper:str = ''
 
-# %% ../nbs/07d_methods.ipynb #3e1bc0d2
+# %% ../nbs/07d_methods.ipynb #6bad66fb
 def first_images(
     run, # With a train_loader
     n:int, # How many
@@ -51,7 +51,7 @@ def first_images(
         if not left.any(): break
     return torch.cat(xs), torch.cat(ys)
 
-# %% ../nbs/07d_methods.ipynb #be175a9e
+# %% ../nbs/07d_methods.ipynb #b112b25c
 def _possible(config, steps): config.settings().plan(steps, config.sparsity)
 def _trains(config, steps):
     if steps < config.trainings: raise ValueError(f"{config.trainings} trainings have to share {steps} steps: train for more epochs, or ask for a lower sparsity")
@@ -59,7 +59,7 @@ def _noisy(config, steps): L0._plan(SimpleNamespace(span=(0, config.share), trav
 def _moves(config, steps):
     if round(.75*steps) <= RigL.every: raise ValueError(f"RigL moves weights every {RigL.every} steps, and has {round(.75*steps)} to do so: train for more epochs, or take smaller batches")
 
-# %% ../nbs/07d_methods.ipynb #113620ea
+# %% ../nbs/07d_methods.ipynb #3456f888
 def _simple(kind, **more): return lambda run, **how: kind(run.model, run.optimizer, **how, **more)
 def _seeded(kind): return lambda run, **how: kind(run.model, run.optimizer, seed=run.config.seed, **how)
 def _hyperflux(run, span, **how):
@@ -86,7 +86,7 @@ METHODS = { # Name → Method
 }
 _shipped = dict(METHODS)                                                # what other processes know, too
 
-# %% ../nbs/07d_methods.ipynb #e840d7a2
+# %% ../nbs/07d_methods.ipynb #0e9977a4
 def method(
     name:str, # A key of METHODS, or package.module:name
 )->Method: # ValueError if there is none

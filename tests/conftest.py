@@ -1,6 +1,8 @@
 "Fixtures that several tests share."
-import shutil
+import os, shutil
 from pathlib import Path
+
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')       # files of tests run side by side: more threads than cores would wait for each other
 
 import pytest
 
