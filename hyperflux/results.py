@@ -6,7 +6,7 @@
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
            'duration', 'plot_run', 'clear_run', 'write_results']
 
-# %% ../nbs/06d_results.ipynb #41efabaf
+# %% ../nbs/06d_results.ipynb #57892e83
 import csv, dataclasses, json, math, zlib
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .flux import plot_flux
 from .methods import method
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #3fe3f2ff
+# %% ../nbs/06d_results.ipynb #e3582b0c
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -36,7 +36,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #1170a07e
+# %% ../nbs/06d_results.ipynb #fea358e8
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -59,7 +59,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #a03a2f0a
+# %% ../nbs/06d_results.ipynb #24719f33
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -95,7 +95,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #13c430fc
+# %% ../nbs/06d_results.ipynb #93ca3915
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -113,7 +113,8 @@ def plot_run(
         a.semilogy(es, get('density'), 'C0', label='density'); a.semilogy(es, get('planned'), 'C7--', lw=1, label='planned')
         for ax in a, b: ax.xaxis.get_major_locator().set_params(integer=True)
         a.set(xlabel='epoch', ylabel='density'); a.legend(frameon=False, loc='upper right')
-        twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
+        if any(get('pressure')):                              # not every method has one
+            twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
         b.plot(es, get('accuracy'), 'C2'); b.set(xlabel='epoch', ylabel='accuracy (%)')
         best, least = max(get('accuracy')), min(float(r['accuracy']) for r in history if r['stage'] != 'dense' or r is history[-1])
         b.set_ylim(max(0., min(best - 15, least - 2)), min(100., best + 2))
@@ -135,7 +136,7 @@ def _plot_layers(rows, ax):
     if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #3d631187
+# %% ../nbs/06d_results.ipynb #6fdc4871
 def clear_run(
     folder, # Of a run
 ):
