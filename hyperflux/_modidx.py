@@ -318,6 +318,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'hyperflux.models.deit_t': ('models.html#deit_t', 'hyperflux/models.py'),
                                   'hyperflux.models.flops': ('models.html#flops', 'hyperflux/models.py'),
                                   'hyperflux.models.flops_by_module': ('models.html#flops_by_module', 'hyperflux/models.py'),
+                                  'hyperflux.models.imported': ('models.html#imported', 'hyperflux/models.py'),
                                   'hyperflux.models.lenet300': ('models.html#lenet300', 'hyperflux/models.py'),
                                   'hyperflux.models.lenet5': ('models.html#lenet5', 'hyperflux/models.py'),
                                   'hyperflux.models.load_weights': ('models.html#load_weights', 'hyperflux/models.py'),

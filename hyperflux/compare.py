@@ -6,7 +6,7 @@
 __all__ = ['Cell', 'cells', 'check_cells', 'dense_config', 'train_dense', 'finished', 'run_cell', 'origin', 'row',
            'inference_flops', 'compare']
 
-# %% ../nbs/07e_compare.ipynb #629cbecc
+# %% ../nbs/07e_compare.ipynb #e8d59d4f
 import dataclasses, functools, json, os, platform, subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .selection import select
 from .train import fit
 from .workers import alone, each
 
-# %% ../nbs/07e_compare.ipynb #e8e4a7ef
+# %% ../nbs/07e_compare.ipynb #8eefd68f
 @dataclass(frozen=True)
 class Cell:
     "One run of a comparison"
@@ -68,7 +68,7 @@ def _stretch(c, epochs):
     dense, both = (round(epochs*n/c.epochs) for n in (c.dense_epochs, c.dense_epochs + c.prune_epochs))
     return dataclasses.replace(c, dense_epochs=dense, prune_epochs=both - dense, regrow_epochs=epochs - both)
 
-# %% ../nbs/07e_compare.ipynb #13a8b3bd
+# %% ../nbs/07e_compare.ipynb #a5fa2fe0
 def check_cells(
     todo:list[Cell],
     data, # `Data` they train on
@@ -80,19 +80,19 @@ def check_cells(
         c = cell.config
         try:
             if c.weights and not Path(c.weights).is_file(): raise ValueError(f"no checkpoint at {c.weights}; weights= names the file of a dense network, '' starts from chance")
-            d = weights(c.model, c.ignore, *sizes)
+            d = weights(c.model, tuple(c.ignored), *sizes)
             if round((1 - c.sparsity)*d) < 1: raise ValueError(f"a sparsity of {c.sparsity:g} leaves no weight of {d:,}: ask for at most {1 - 1/d:.4g}")
             method(c.method).check(c, (c.epochs - c.start)*-(-n//c.batch_size))
         except ValueError as e: raise ValueError(f"{cell}: {e}") from e
 
 def _prunable(model, ignore, n_classes, in_shape):
     with torch.device('meta'): net = make_model(model, n_classes, in_shape)
-    return sum(p.numel() for p in select(net, ignore=[s.strip() for s in ignore.split(',') if s.strip()]).values())
+    return sum(p.numel() for p in select(net, ignore=ignore).values())
 
 @functools.lru_cache(2)
 def _data(name, root, valid, size): return load_data(name, root, valid=valid, size=size)
 
-# %% ../nbs/07e_compare.ipynb #2a3033e3
+# %% ../nbs/07e_compare.ipynb #74fc25db
 def dense_config(
     c:Config,
 )->Config: # The same for all cells with the same dense training
@@ -141,7 +141,7 @@ def _go_on_from(checkpoint, c, folder):
     with atomic(folder/'config.json', 'w') as f: f.write(json.dumps(dataclasses.asdict(c), indent=2) + '\n')
     write_checkpoint(folder, int(checkpoint.stem[11:]), state | dict(config=dataclasses.asdict(c)))
 
-# %% ../nbs/07e_compare.ipynb #fe665d41
+# %% ../nbs/07e_compare.ipynb #835e0839
 def origin(
     device='cpu',
 )->dict: # version, commit (None outside of git, '+' if the package differs from it), torch, python, hardware, date
@@ -155,7 +155,7 @@ def origin(
     hardware = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
     return dict(version=__version__, commit=commit, torch=torch.__version__, python=platform.python_version(), hardware=hardware, cores=os.cpu_count(), date=str(date.today()))
 
-# %% ../nbs/07e_compare.ipynb #8f9f5818
+# %% ../nbs/07e_compare.ipynb #45791d15
 def row(
     cell:Cell,
     folder, # Its run
@@ -185,7 +185,7 @@ def _flops(model, data, size):
     with torch.device('meta'): net = make_model(model, classes, shape)
     return flops_by_module(net, shape)
 
-# %% ../nbs/07e_compare.ipynb #b922057b
+# %% ../nbs/07e_compare.ipynb #bc058dd8
 def compare(
     base:Config, # What all runs have in common
     methods:list[str], # Names in METHODS; NAME-own for a budget of its own

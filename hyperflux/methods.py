@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'first_images', 'method', 'check_shared', 'methods_table']
 
-# %% ../nbs/07d_methods.ipynb #5f6d3307
-import difflib, importlib
+# %% ../nbs/07d_methods.ipynb #251bc868
+import difflib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Callable
@@ -17,11 +17,11 @@ from .baselines import GMP, IMP, LayerMagnitude, Magnitude, Progressive, Random,
 from .flux import format_table
 from .hyperflux import Hyperflux
 from .l0 import L0
-from .pruner import Pruner
+from .models import imported
 from .saliency import GraSP, RigL, SNIP, Taylor
 from .spectrum import MarchenkoPastur
 
-# %% ../nbs/07d_methods.ipynb #5db91dc1
+# %% ../nbs/07d_methods.ipynb #a56dc395
 @dataclass(frozen=True)
 class Method:
     "A way to prune"
@@ -33,7 +33,7 @@ class Method:
     when:str = ''                                    # when it chooses
     paper:str = ''
 
-# %% ../nbs/07d_methods.ipynb #6bad66fb
+# %% ../nbs/07d_methods.ipynb #d518259f
 def first_images(
     run, # With a train_loader
     n:int, # How many
@@ -51,7 +51,7 @@ def first_images(
         if not left.any(): break
     return torch.cat(xs), torch.cat(ys)
 
-# %% ../nbs/07d_methods.ipynb #b112b25c
+# %% ../nbs/07d_methods.ipynb #79873b8c
 def _possible(config, steps): config.settings().plan(steps, config.sparsity)
 def _trains(config, steps):
     if steps < config.trainings: raise ValueError(f"{config.trainings} trainings have to share {steps} steps: train for more epochs, or ask for a lower sparsity")
@@ -59,7 +59,7 @@ def _noisy(config, steps): L0._plan(SimpleNamespace(span=(0, config.share), trav
 def _moves(config, steps):
     if round(.75*steps) <= RigL.every: raise ValueError(f"RigL moves weights every {RigL.every} steps, and has {round(.75*steps)} to do so: train for more epochs, or take smaller batches")
 
-# %% ../nbs/07d_methods.ipynb #3456f888
+# %% ../nbs/07d_methods.ipynb #eb2027cd
 def _simple(kind, **more): return lambda run, **how: kind(run.model, run.optimizer, **how, **more)
 def _seeded(kind): return lambda run, **how: kind(run.model, run.optimizer, seed=run.config.seed, **how)
 def _hyperflux(run, span, **how):
@@ -86,15 +86,14 @@ METHODS = { # Name → Method
 }
 _shipped = dict(METHODS)                                                # what other processes know, too
 
-# %% ../nbs/07d_methods.ipynb #0e9977a4
+# %% ../nbs/07d_methods.ipynb #7eebd96c
 def method(
     name:str, # A key of METHODS, or package.module:name
 )->Method: # ValueError if there is none
     "A method by name"
     if name in METHODS: return METHODS[name]
     if ':' in name:
-        module, _, attribute = name.partition(':')
-        try: found = getattr(importlib.import_module(module), attribute)
+        try: found = imported(name)
         except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"method {name!r}: {e}; expected package.module:name of a Method") from e
         if isinstance(found, Method): return found
         raise ValueError(f"method {name!r} is a {type(found).__name__}; expected a hyperflux.methods.Method")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'authors_ignore', 'lenet300', 'lenet5', 'resnet18', 'resnet50', 'vgg19', 'vgg_like', 'deit_t', 'deit_s',
-           'make_model', 'flops_by_module', 'flops', 'load_weights']
+           'make_model', 'imported', 'flops_by_module', 'flops', 'load_weights']
 
-# %% ../nbs/05_models.ipynb #5b8937cf
+# %% ../nbs/05_models.ipynb #ef3952e1
 import difflib, importlib, os, pickle, re, sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/05_models.ipynb #8826294d
+# %% ../nbs/05_models.ipynb #56fccae2
 def lenet300(
     n_classes:int=10,
     in_shape:tuple=(1, 28, 28), # Channels, height, width
@@ -24,7 +24,7 @@ def lenet300(
     c, h, w = in_shape
     return nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_classes))
 
-# %% ../nbs/05_models.ipynb #568248a6
+# %% ../nbs/05_models.ipynb #12d32d17
 def lenet5(
     n_classes:int=10,
     in_shape:tuple=(1, 28, 28), # Channels, height, width; height and width at least 16
@@ -36,7 +36,7 @@ def lenet5(
     return nn.Sequential(nn.Conv2d(c, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
                          nn.Flatten(), nn.Linear(50*side(h)*side(w), 500), nn.ReLU(), nn.Linear(500, n_classes))
 
-# %% ../nbs/05_models.ipynb #413b7283
+# %% ../nbs/05_models.ipynb #f2796d8d
 def _check(n_classes, in_shape):
     "Channels, height and width, if they and the number of classes can be"
     whole = lambda n: isinstance(n, int) and n >= 1
@@ -50,7 +50,7 @@ def _he(conv):
     if conv.bias is not None: nn.init.zeros_(conv.bias)
     return conv
 
-# %% ../nbs/05_models.ipynb #7cebb060
+# %% ../nbs/05_models.ipynb #c33b07ca
 def _resnet(block, layers, n_classes, in_shape):
     from torchvision.models import resnet
     c, h, w = _check(n_classes, in_shape)
@@ -75,7 +75,7 @@ def resnet50(
     "ResNet-50; under 64 pixels with a 3×3 stem and no max-pool"
     return _resnet('Bottleneck', [3, 4, 6, 3], n_classes, in_shape)
 
-# %% ../nbs/05_models.ipynb #acf9a2db
+# %% ../nbs/05_models.ipynb #451ff088
 def _vgg(cfg, head, in_shape, stride=1):
     "torchvision's convolutions of that list, and a small head"
     from torchvision.models import vgg
@@ -111,7 +111,7 @@ def vgg_like(
     head = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, n_classes))
     return _vgg('D', head, in_shape, stride=2 if min(h, w) >= 64 else 1)
 
-# %% ../nbs/05_models.ipynb #9af03085
+# %% ../nbs/05_models.ipynb #36067c9b
 def _deit(width, heads, n_classes, in_shape):
     from torchvision.models import VisionTransformer
     c, h, w = _check(n_classes, in_shape)
@@ -141,7 +141,7 @@ def deit_s(
     "DeiT-S: a vision transformer of 12 layers, width 384, 6 heads"
     return _deit(384, 6, n_classes, in_shape)
 
-# %% ../nbs/05_models.ipynb #377f0b20
+# %% ../nbs/05_models.ipynb #5b01c5bc
 MODELS = {f.__name__: f for f in (lenet300, lenet5, resnet18, resnet50, vgg19, vgg_like, deit_t, deit_s)}
 
 def make_model(
@@ -157,10 +157,17 @@ def make_model(
                          + f"There are {', '.join(MODELS)}, and package.module:function for a network of your own")
     return _own_model(name, n_classes, in_shape)
 
+def imported(
+    name:str, # package.module:name
+): # ImportError or AttributeError if there is no such thing
+    "A thing of one's own, looked for in the present folder too"
+    module, _, attribute = name.partition(':')
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())       # as `python -m` does, also for the installed command
+    return getattr(importlib.import_module(module), attribute)
+
 def _own_model(name, n_classes, in_shape):
     module, _, function = name.partition(':')
-    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())       # as `python -m` does, also for the installed command
-    try: make = getattr(importlib.import_module(module), function)
+    try: make = imported(name)
     except ImportError as e: raise ValueError(f"--model {name}: cannot import {module!r} ({e}); give package.module:function, importable from here") from e
     except AttributeError as e: raise ValueError(f"--model {name}: module {module!r} has no {function!r}") from e
     try: net = make(n_classes=n_classes, in_shape=in_shape)
@@ -168,10 +175,10 @@ def _own_model(name, n_classes, in_shape):
     if not isinstance(net, nn.Module): raise ValueError(f"--model {name}: {function} must return a torch.nn.Module, and returned {type(net).__name__}")
     return net
 
-# %% ../nbs/05_models.ipynb #fde2f51c
+# %% ../nbs/05_models.ipynb #fe612c3a
 authors_ignore = {name: ('conv_proj', 'heads') if name.startswith('deit') else () for name in MODELS} # Name → what `select` is to ignore
 
-# %% ../nbs/05_models.ipynb #9ebbbc55
+# %% ../nbs/05_models.ipynb #d6c2cbad
 def flops_by_module(
     model:nn.Module, # On any device, `meta` too; left as it is
     in_shape:tuple, # Of one input, without the batch: channels, height, width for images
@@ -205,7 +212,7 @@ def flops(
     "Floating-point operations of one forward pass, dense"
     return flops_by_module(model, in_shape, batch)['']
 
-# %% ../nbs/05_models.ipynb #263518b6
+# %% ../nbs/05_models.ipynb #5bfd3ee9
 _TIMM = ((r'^patch_embed\.proj\.', 'conv_proj.'), (r'^cls_token$', 'class_token'), (r'^pos_embed$', 'encoder.pos_embedding'),
          (r'^blocks\.(\d+)\.', r'encoder.layers.encoder_layer_\1.'), (r'\.norm([12])\.', r'.ln_\1.'),
          (r'\.attn\.qkv\.', '.self_attention.in_proj_'), (r'\.attn\.proj\.', '.self_attention.out_proj.'),
@@ -218,7 +225,7 @@ def _torchvision_name(name):
     for pattern, new in _TIMM: name = re.sub(pattern, new, name)
     return name
 
-# %% ../nbs/05_models.ipynb #ee71c47b
+# %% ../nbs/05_models.ipynb #5554f01d
 def _read(source):
     "The dict of tensors in a checkpoint, and what to call the checkpoint"
     where, held = 'the given dict', source
@@ -243,7 +250,7 @@ def _read(source):
     if not isinstance(held, Mapping): raise ValueError(f"{where} holds a {type(held).__name__}, expected a dict of tensors: save a state_dict()")
     return held, where
 
-# %% ../nbs/05_models.ipynb #d7922ae7
+# %% ../nbs/05_models.ipynb #cec4c7a3
 def _misfit(v, mine):
     "Why the tensor v cannot take the place of `mine`; None if it can"
     if not isinstance(v, Tensor) or v.is_meta or v.layout is not torch.strided: return f"not a plain tensor with values ({type(v).__name__})"

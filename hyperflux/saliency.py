@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Taylor', 'still', 'SNIP', 'GraSP', 'erk', 'RigL']
 
-# %% ../nbs/07a_saliency.ipynb #a2969ca1
+# %% ../nbs/07a_saliency.ipynb #7af5d03f
 import contextlib, math
 from typing import Callable
 
@@ -18,13 +18,14 @@ from .baselines import Baseline, Random, apportion, magnitude, top
 from .pressure import cubic
 from .pruner import check_steps
 
-# %% ../nbs/07a_saliency.ipynb #0efafa95
+# %% ../nbs/07a_saliency.ipynb #9a35fba1
 class Taylor(Baseline):
     "Mean of (g·θ)² since the masks were renewed, cubic schedule (Molchanov et al. 2019, arXiv 1906.10771)"
     schedule, total, seen = staticmethod(cubic), None, 0
     def observe(self, gradient):
         if self.step >= self.end or (g := gradient()) is None: return
-        s = g.mul_(self.flat(self._local)).square_()
+        torch._foreach_mul_(self._views(g), self._local)
+        s = g.square_()
         self.total, self.seen = s if self.seen == 0 else self.total.add_(s), self.seen + 1
     def score(self):
         if not self.seen: return magnitude(self)                            # all steps since were skipped, as a GradScaler's first may be
@@ -32,7 +33,7 @@ class Taylor(Baseline):
         return s
     def extra(self): return dict(total=self.total, seen=self.seen)
 
-# %% ../nbs/07a_saliency.ipynb #9d3696d7
+# %% ../nbs/07a_saliency.ipynb #c5882dde
 @contextlib.contextmanager
 def still(model):
     "Train mode with gradients, for a look; mode, running statistics and random state are put back"
@@ -45,7 +46,7 @@ def still(model):
         with torch.no_grad():
             for b, was in buffers: b.copy_(was)
 
-# %% ../nbs/07a_saliency.ipynb #ea8824f7
+# %% ../nbs/07a_saliency.ipynb #16ac8f5f
 class SNIP(Baseline):
     "Connection sensitivity |g·θ| on one batch, before training (Lee et al. 2018, arXiv 1810.02340)"
     def __init__(self,
@@ -64,7 +65,7 @@ class SNIP(Baseline):
         x, y = self.batch
         with still(self.model) as model: return torch.autograd.grad(self.loss(model(x), y), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #b90157bd
+# %% ../nbs/07a_saliency.ipynb #5720e56b
 class GraSP(SNIP):
     "Gradient signal preservation: θ·Hg on one batch, ten samples a class, before training (Wang et al. 2020, arXiv 2002.07376)"
     temperature = 200.
@@ -75,7 +76,7 @@ class GraSP(SNIP):
             g = torch.autograd.grad(self.loss(model(x)/self.temperature, y), self.params, create_graph=True, materialize_grads=True)
             return torch.autograd.grad(sum((a.detach()*a).sum() for a in g), self.params, materialize_grads=True)
 
-# %% ../nbs/07a_saliency.ipynb #6b862a05
+# %% ../nbs/07a_saliency.ipynb #cde68ade
 def erk(
     shapes:list[tuple], # Of the weights
     keep:int, # Weights in all
@@ -89,7 +90,7 @@ def erk(
         if not over: return apportion([n if i in dense else raw[i]*scale*n for i, n in enumerate(sizes)], keep, sizes)
         dense.add(max(over, key=lambda i: raw[i]))
 
-# %% ../nbs/07a_saliency.ipynb #9a1f2076
+# %% ../nbs/07a_saliency.ipynb #10e1e8f0
 class RigL(Random):
     "Sparse all along: drops by |θ|, grows by |g| (Evci et al. 2020, arXiv 1911.11134)"
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first

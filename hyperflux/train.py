@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate', 'Run', 'train_epoch', 'no_denormals', 'fit']
 
-# %% ../nbs/06_train.ipynb #9ea37a10
+# %% ../nbs/06_train.ipynb #f7de6b75
 import contextlib, dataclasses, functools, json, math, time
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .selection import select
 from .recipes import Config, learning_rate
 from .results import check_tensorboard, clear_run, summary, summary_text, tensorboard_log, write_history, write_results
 
-# %% ../nbs/06_train.ipynb #1e7b1348
+# %% ../nbs/06_train.ipynb #5da6d8f7
 @torch.no_grad()
 def evaluate(
     model:nn.Module,
@@ -48,7 +48,7 @@ def evaluate(
     right, five, loss, n = world.sum(sum(rows)).tolist()
     return dict(accuracy=100*right/n, top5=100*five/n, loss=loss/n)
 
-# %% ../nbs/06_train.ipynb #2a6d620e
+# %% ../nbs/06_train.ipynb #9fe48e68
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
     def __init__(self,
@@ -99,7 +99,7 @@ def _start_from(self:Run, path):
     skipped = load_weights(self.model, path)['skipped']
     if skipped and self.world.main: print(f"{path}: not taken: " + '; '.join(f'{k} ({why})' for k, why in list(skipped.items())[:4]) + ' …'*(len(skipped) > 4))
 
-# %% ../nbs/06_train.ipynb #1e375c91
+# %% ../nbs/06_train.ipynb #1591930c
 @patch
 def _new_optimizer(self:Run):
     c, params = self.config, list(self.model.parameters())
@@ -116,7 +116,7 @@ def start_pruning(self:Run):
     self._new_optimizer()
     self.pruner = method(c.method).make(self, sparsity=c.sparsity, steps=self.steps, ignore=c.ignored, span=(0, c.share))
 
-# %% ../nbs/06_train.ipynb #6fb70d7a
+# %% ../nbs/06_train.ipynb #11c1f38e
 @patch
 def backward(self:Run, x, y, total):
     "Adds this process's part of the gradient of the mean over `total` images; returns its part of the loss"
@@ -140,7 +140,7 @@ def update(self:Run):
     self.scaler.step(self.optimizer)
     self.scaler.update()
 
-# %% ../nbs/06_train.ipynb #b8a70689
+# %% ../nbs/06_train.ipynb #f8744f90
 def train_epoch(
     run:Run,
     show=lambda text: None, # Called now and then with a line for the progress bar
@@ -168,7 +168,7 @@ def _progress(run, rate):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
     return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}" + (f", pressure {p.gamma:.3g}" if hasattr(p, 'gamma') else '') if p else '')
 
-# %% ../nbs/06_train.ipynb #8e308bf9
+# %% ../nbs/06_train.ipynb #3686cda2
 def no_denormals():
     "Takes numbers under 1e-38 for 0: the moments of absent weights decay towards 1e-45, where a CPU computes at half the speed"
     for t in np.float32, np.float64: np.finfo(t)              # NumPy looks for its smallest number once, and would warn if it found 0
@@ -214,7 +214,7 @@ def fit(
     world.barrier()
     return run
 
-# %% ../nbs/06_train.ipynb #0168a24d
+# %% ../nbs/06_train.ipynb #06a69a59
 @patch
 def evaluate(self:Run)->dict:
     with getattr(self.pruner, 'deterministic', contextlib.nullcontext)(): return evaluate(self.model, self.test_loader, self.world, self.context)
@@ -226,7 +226,7 @@ def _row(run, stage, loss):
                density=1., planned=1., pressure=0., births=0, deaths=0)
     if not p: return row
     row |= dict(density=p.density, planned=p.planned, pressure=getattr(p, 'gamma', 0.))
-    if not hasattr(p, 'meter'): row |= dict(births=getattr(p, 'births', 0) - sum(r['births'] for r in run.history), deaths=getattr(p, 'deaths', 0) - sum(r['deaths'] for r in run.history))
+    if not hasattr(p, 'meter'): row |= dict(births=getattr(p, 'births', math.nan) - sum(r['births'] for r in run.history), deaths=getattr(p, 'deaths', math.nan) - sum(r['deaths'] for r in run.history))
     elif p.meter.updates:
         total = p.meter.layers()[-1]
         row |= dict(births=total['births'], deaths=total['deaths'])
@@ -261,7 +261,7 @@ def _folder(folder, config, resume, overwrite, world):
     if resume and not checkpoints(folder): raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume to start")
     return folder
 
-# %% ../nbs/06_train.ipynb #a71faa4b
+# %% ../nbs/06_train.ipynb #262f3886
 @patch
 def save(self:Run, folder):
     "One more checkpoint; all processes take part, rank 0 writes"
