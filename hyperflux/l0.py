@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['BETA', 'hard_concrete', 'gate_slope', 'open_probability', 'sure_gate', 'patient', 'L0']
 
-# %% ../nbs/07c_l0.ipynb #f586764b
+# %% ../nbs/07c_l0.ipynb #27b79940
 import functools, math, warnings
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Callable
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .gated import GatedPruner
 from .pressure import LogController, land_
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/07c_l0.ipynb #596038f7
+# %% ../nbs/07c_l0.ipynb #cf20a30c
 BETA = 2/3                                          # the temperature
 
 def hard_concrete(alpha:Tensor, # Logit of the gate
@@ -38,14 +39,14 @@ def sure_gate(alpha:Tensor)->Tensor: # ẑ in [0, 1]
     "The gate without noise; above zero where α > -ln 11"
     return (1.2*alpha.sigmoid() - .1).clamp(0, 1)
 
-# %% ../nbs/07c_l0.ipynb #e2c5e551
+# %% ../nbs/07c_l0.ipynb #44fa6405
 def patient(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned expected density
     "A parabola on the logarithm of density"
     return target**(1 - (1 - p)**2)
 
-class L0(Pruner):
+class L0(GatedPruner):
     "Hard-concrete gates, one per weight (Louizos, Welling and Kingma 2017), with λ steered along a plan, and an exact landing"
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·z
@@ -65,14 +66,14 @@ class L0(Pruner):
         check_steps(steps)
         if not 0 <= span[0] < span[1] <= 1: raise ValueError(f"span holds two shares of the run, 0 <= start < end <= 1: got {span}")
         if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
-        self.span, self.trajectory, self.travel, self.controller = span, trajectory, travel, controller()
-        self.gamma, self.landed, self.history, self._lent = self.controller.first, False, [], False       # gamma: λ
+        self.span, self.trajectory = span, trajectory
         self._plan(steps)
-        super().__init__(model, optimizer, sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)
+        super().__init__(model, optimizer, controller=controller(), sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)       # gamma: λ
         if self.shards.cuts:
             self.detach()
             raise ValueError("L0 works on whole weights, and fully_shard has cut these: use DDP, or a pruner that works on shards, such as Hyperflux")
-        self._make_gates(seed)
+        self.alpha, self.z, self.noise = self._flat(math.log(19)), self._flat(1.), torch.Generator(self.device).manual_seed(seed)
+        self._make_gates(self.alpha, travel/(self._end - self._start), gate=self.z)
 
 @patch
 def _plan(self:L0, steps):
@@ -80,57 +81,17 @@ def _plan(self:L0, steps):
     n = self._end - self._start
     if n < 100: raise ValueError(f"gates were given {n} noisy steps and need at least 100, or a few draws would decide on a weight: "
                                  "train for more epochs, take smaller batches, or widen span=")
-    self.lr = self.travel/n
 
 @patch
-def _make_gates(self:L0, seed):
-    "Flat vectors, their views by layer, Adam over the views, and the source of noise"
-    self.value, self.z, self.alpha, self._pull = map(self._flat, (0., 1., math.log(19), 0.))
-    self._moments = self._flat(), self._flat()
-    self._values, self._gates, self._pulls, self._logits = map(self._views, (self.value, self.z, self._pull, self.alpha))
-    torch._foreach_copy_(self._values, [w.detach() for w in self._local])
-    fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
-    self.adam = torch.optim.Adam(self._logits, lr=self.lr, eps=1e-8/self.d, fused=fused)
-    for a, m, v in zip(self._logits, *map(self._views, self._moments)):
-        self.adam.state[a] = dict(step=torch.zeros((), device=self.device if fused else 'cpu'), exp_avg=m, exp_avg_sq=v)
-    self.noise = torch.Generator(self.device).manual_seed(seed)
+def _move(self:L0):
+    if self.step < self._start: return
+    p = open_probability(self.alpha)
+    self._pull.mul_(gate_slope(self.z)).add_(p*(1 - p), alpha=self.gamma/self.d)
+    self._step_gates()
+    self.z.copy_(hard_concrete(self.alpha, self.z.uniform_(generator=self.noise)))          # for the next forward pass
+    torch.gt(self.alpha, -math.log(11), out=self.mask)                          # where ẑ > 0
 
-# %% ../nbs/07c_l0.ipynb #870b2ccd
-@patch
-def _before(self:L0, grads):
-    self._check_lent()
-    have = [(g, z) for g, z in zip(grads, self._gates) if g is not None]
-    if any(g.layout != torch.strided for g, _ in have): raise TypeError("sparse gradients cannot be gated: use a layer with sparse=False, or ignore= it")
-    if not self.landed:
-        for a, s, g in zip(self._logits, self._pulls, grads):
-            a.grad = None if g is None else s.copy_(g)
-        self._pull.mul_(self.value)                                             # g·ω
-        scale = getattr(self.optimizer, 'grad_scale', None)                     # a fused optimiser's, which unscales inside its step
-        if scale is not None: self._pull.div_(scale)
-        torch._foreach_copy_(self._local, self._values)                         # p ← ω
-        self._swapped = True
-    if have: torch._foreach_mul_(*map(list, zip(*have)))                        # g ← z·g
-
-@patch
-def _after(self:L0):
-    if self.landed: return torch._foreach_mul_(self._local, self._masks)
-    torch._foreach_copy_(self._values, self._local)                             # ω ← p
-    if self.step >= self._start:
-        p, skip = open_probability(self.alpha), getattr(self.optimizer, 'found_inf', None)
-        self._pull.mul_(gate_slope(self.z)).add_(p*(1 - p), alpha=self.gamma/self.d)
-        if skip is not None: self.adam.found_inf = skip                         # a fused Adam stays put where this is 1, and nobody waits
-        self.adam.step()
-        if skip is not None: del self.adam.found_inf
-        self.z.copy_(hard_concrete(self.alpha, self.z.uniform_(generator=self.noise)))      # for the next forward pass
-        torch.gt(self.alpha, -math.log(11), out=self.mask)                      # where ẑ > 0
-    self._restore()
-
-@patch
-def _restore(self:L0, gates=None):
-    torch._foreach_copy_(self._local, self._values)
-    torch._foreach_mul_(self._local, gates or self._gates)                      # p ← ω·z
-
-# %% ../nbs/07c_l0.ipynb #0b072417
+# %% ../nbs/07c_l0.ipynb #09449d7b
 @patch(as_prop=True)
 def stage(self:L0)->str:
     "dense, prune, finetune or done"
@@ -151,20 +112,11 @@ def planned(self:L0)->float:
 
 @patch
 def _advance(self:L0):
-    due = lambda step: step*200//self.steps
     if self.landed or self.step < self._start: return
     if self.step >= self._end: self.land()
-    elif due(self.step) > due(self.step - 1):
-        self._note('prune')
+    elif self._due(200):
+        self._note('prune', expected=self.expected)
         self.gamma = self.controller(self.history[-1]['expected'], self.planned, self._progress)
-
-@patch
-def _note(self:L0, stage):
-    expected = self.expected
-    if not math.isfinite(expected):
-        raise FloatingPointError(f"logits are not finite at step {self.step}: gradients held NaN or infinity; lower the learning rate, clip gradients, "
-                                 "or use a GradScaler")
-    self.history.append(dict(step=self.step, stage=stage, density=self.density, expected=expected, planned=self.planned, pressure=self.gamma))
 
 @patch
 @torch.no_grad()
@@ -172,7 +124,7 @@ def land(self:L0):
     "Ends the noise: exactly `keep` weights stay, with their gates folded in"
     if self.landed: return
     self._adopt()
-    self._note('landing')                                                       # what there is before it
+    self._note('landing', expected=self.expected)                               # what there is before it
     if self.left < self.keep/2:
         warnings.warn(f"at the landing only {self.left:,} gates are open of the {self.keep:,} weights to keep, and the others begin at zero: λ has overshot, "
                       "with too few noisy steps for this sparsity, or too little for the network to learn")
@@ -184,36 +136,11 @@ def land(self:L0):
     self.gamma, self.landed = 0., True
     self._restore()
 
-# %% ../nbs/07c_l0.ipynb #9b3cf124
+# %% ../nbs/07c_l0.ipynb #2e14658a
 @patch
-@contextmanager
 def deterministic(self:L0):
     "For an evaluation in mid-run: the weights are ω·ẑ inside, and what they were after it"
-    if self.landed: yield; return
-    with torch.no_grad():
-        if self._versions() != self._seen: self._resync()
-        self._restore(self._views(sure_gate(self.alpha)))
-    self._lent = True
-    try: yield
-    finally:
-        with torch.no_grad(): self._restore()
-        self._lent = False
-
-@patch
-def _check_lent(self:L0):
-    if self._lent: raise RuntimeError("inside deterministic() the weights are lent to an evaluation: leave it before a step, a landing or a state_dict()")
-
-@patch
-def _adopt(self:L0):
-    "What someone else wrote becomes ω; other weights keep theirs"
-    self._check_lent()
-    for p, v, z in zip(self._local, self._values, self._gates):
-        v.copy_(torch.where(p != (v.to(p.dtype)*z).to(p.dtype), p, v))
-
-@patch
-def _resync(self:L0):
-    self._adopt()
-    self._restore()
+    return nullcontext() if self.landed else self.lent(sure_gate(self.alpha))
 
 @patch
 @torch.no_grad()
@@ -225,18 +152,12 @@ def apply_mask(self:L0, model:nn.Module|None=None):
 @patch
 def state_dict(self:L0)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, noise included"
-    with torch.no_grad(): self._adopt()                                         # once landed, ω is not kept up to date at every step
-    return dict(Pruner.state_dict(self), alpha=self.alpha, value=self.value, z=self.z, moments=list(self._moments), noise=self.noise.get_state(),
-                counts=[self.adam.state[a]['step'].item() for a in self._logits], lr=self.adam.param_groups[0]['lr'], gamma=self.gamma,
-                landed=self.landed, history=list(self.history), controller=self.controller.state_dict())
+    return dict(GatedPruner.state_dict(self), alpha=self.alpha, z=self.z, noise=self.noise.get_state())
 
 @patch
 def _load(self:L0, state):
-    for mine, theirs in zip((self.alpha, self.value, self.z, *self._moments), [state[k] for k in ('alpha', 'value', 'z')] + state['moments']): mine.copy_(theirs)
-    for a, n in zip(self._logits, state['counts']): self.adam.state[a]['step'].fill_(n)
-    self._plan(self.steps)
-    self.adam.param_groups[0]['lr'] = state['lr']
-    self.gamma, self.landed, self.history = state['gamma'], state['landed'], list(state['history'])
+    self.alpha.copy_(state['alpha'])
+    self.z.copy_(state['z'])
     self.noise.set_state(state['noise'].cpu())
-    self.controller.load_state_dict(state['controller'])
-    self._restore()
+    self._plan(self.steps)
+    GatedPruner._load(self, state)

@@ -1,8 +1,9 @@
 "Fixtures that several tests share."
-import os, shutil
+import os, shutil, signal
 from pathlib import Path
 
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')       # files of tests run side by side: more threads than cores would wait for each other
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)     # started with & by a shell, tests inherit that Ctrl-C is ignored
 
 import pytest
 

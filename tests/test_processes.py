@@ -250,7 +250,7 @@ def lives_with_others(world):
     for load in (lambda: model.load_state_dict(dense), lambda: [local(w).fill_(.5) for w in p.params]):
         load()
         presence, value = p.presence.clone(), torch.cat([local(w).flatten() for w in p.params])
-        for g in (*opt.param_groups, *p.adam.param_groups): g['lr'] = 0.
+        for g in (*opt.param_groups, *p.gate_optimizer.param_groups): g['lr'] = 0.
         train(model, opt, 1, mine)
         assert torch.equal(p.value, value) and torch.equal(p.presence, presence) and (value == value[0]).all()
         assert torch.equal(torch.cat([local(w).flatten() for w in p.params]), value*p.mask)

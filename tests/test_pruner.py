@@ -46,7 +46,7 @@ def train(model, opt, n=10, loss=loss):
 
 
 def state(p): # All that a step may change
-    steps = torch.stack([p.adam.state[t]['step'] for t in p._presences])
+    steps = torch.stack([p.gate_optimizer.state[t]['step'] for t in p._presences])
     logical = lambda v: flat(p._views(v))                                     # a vector itself follows the weights' order in memory
     return dict(theta=flat(p.params), presence=logical(p.presence), value=logical(p.value), mask=logical(p.mask),
                 mean=logical(p._moments[0]), square=logical(p._moments[1]), steps=steps)
@@ -212,7 +212,7 @@ def heads_loss(model, i, part=slice(None)):
 def test_no_gradient_equals_graph():
     "A layer that was not used in a step is left alone with its gates, as the optimiser leaves it"
     p, twin = race(build=Heads, loss=heads_loss, pressure=.1)
-    assert [int(p.adam.state[t]['step']) for t in p._presences] == [200, 150, 50]
+    assert [int(p.gate_optimizer.state[t]['step']) for t in p._presences] == [200, 150, 50]
     assert_equal(p, twin)
 
 
@@ -322,7 +322,7 @@ def test_overflow(optimizer, clip):
     scaled_step(model, opt, scaler, clip, overflow=True)
     assert scaler.get_scale() == 2.**9
     assert_same(before, state(p))
-    assert 'found_inf' not in vars(p.adam)
+    assert 'found_inf' not in vars(p.gate_optimizer)
     if not getattr(opt, '_step_supports_amp_scaling', False): assert p.step == step      # the hooks were not even called
     scaled_step(model, opt, scaler, clip)
     assert (state(p)['steps'] == 9).all()
@@ -403,7 +403,7 @@ def test_optimizer_state_loaded():
 
 def standstill(model, opt, p):
     "One step in which nothing moves by itself"
-    for g in (*opt.param_groups, *p.adam.param_groups): g['lr'] = 0.
+    for g in (*opt.param_groups, *p.gate_optimizer.param_groups): g['lr'] = 0.
     train(model, opt, 1)
 
 
@@ -672,7 +672,7 @@ def test_memory(meter, expected):
         if isinstance(o, torch.Tensor): yield o
         elif isinstance(o, dict): yield from (t for v in o.values() for t in tensors(v))
         elif isinstance(o, (list, tuple)): yield from (t for v in o for t in tensors(v))
-    mine = [vars(p), p.adam.state, [t.grad for t in p._presences], vars(p.meter) if meter else []]
+    mine = [vars(p), p.gate_optimizer.state, [t.grad for t in p._presences], vars(p.meter) if meter else []]
     theirs = {t.untyped_storage().data_ptr() for t in model.parameters()}
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(mine)}
     assert expected*p.d <= sum(n for at, n in sizes.items() if at not in theirs) <= expected*p.d + 64
@@ -726,7 +726,7 @@ def test_authors():
     train(model, opt, 1200)
     assert not p.landed and p.stage == 'done' and p.density < .8
     assert [r['step'] for r in p.history] == list(range(60, 1201, 60)) and {r['stage'] for r in p.history} == {'prune', 'regrow', 'done'}
-    assert p.adam.param_groups[0]['eps'] == 1e-8
+    assert p.gate_optimizer.param_groups[0]['eps'] == 1e-8
 
 
 @pytest.mark.parametrize('settings, kw', [(staged, dict(sparsity=.8, pressure=None)), (quick, dict(sparsity=.8, pressure=None)), (quick, dict())],
