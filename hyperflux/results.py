@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
-           'duration', 'plot_run', 'clear_run', 'write_results']
+           'duration', 'plot_run', 'origin', 'clear_run', 'write_results']
 
-# %% ../nbs/06d_results.ipynb #57892e83
-import csv, dataclasses, json, math, zlib
+# %% ../nbs/06d_results.ipynb #1cf8dc40
+import csv, dataclasses, json, math, os, platform, subprocess, zlib
+from datetime import date
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from . import __version__
 from .checkpoint import atomic, checkpoints
 from .flux import plot_flux
 from .methods import method
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #e3582b0c
+# %% ../nbs/06d_results.ipynb #370d9818
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -36,7 +38,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #fea358e8
+# %% ../nbs/06d_results.ipynb #00c2b558
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -59,7 +61,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #24719f33
+# %% ../nbs/06d_results.ipynb #4fb74219
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -95,7 +97,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #93ca3915
+# %% ../nbs/06d_results.ipynb #bb4a41af
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -136,12 +138,26 @@ def _plot_layers(rows, ax):
     if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #6fdc4871
+# %% ../nbs/06d_results.ipynb #957bd9b6
+def origin(
+    device='cpu',
+)->dict: # version, commit (None outside of git, '+' if the package differs from it), torch, python, hardware, date
+    "Where a run was made"
+    here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
+    git = lambda *a: subprocess.run(['git', *a], cwd=here, text=True, capture_output=True, check=True).stdout.strip()
+    try: commit = git('rev-parse', '--short=10', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', '.'))
+    except (OSError, subprocess.CalledProcessError): commit = None
+    try: cpu = next(s.split(':', 1)[1].strip() for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('model name'))
+    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
+    return dict(version=__version__, commit=commit, torch=torch.__version__, python=platform.python_version(), hardware=hardware, cores=os.cpu_count(), date=str(date.today()))
+
+# %% ../nbs/06d_results.ipynb #efc2114c
 def clear_run(
     folder, # Of a run
 ):
     "Removes a run's own files, and no others"
-    names = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png'
+    names = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html'
     for path in [Path(folder)/name for name in names] + checkpoints(folder): path.unlink(missing_ok=True)
 
 def _weights(model):
@@ -158,7 +174,7 @@ def write_results(
     write_history(run.history, folder/'history.csv')
     with torch.no_grad(): torch._foreach_add_(run.pruner.params, 0.)      # a negative weight times 0 is -0.0: as +0.0 it compresses
     with atomic(folder/'model.safetensors') as f: f.write(_weights(run.model))
-    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds)
+    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds, flux=run.flux, made=origin(run.device))
     with atomic(folder/'run.png') as f: plot_run(run.history, s['layers'], run.flux).savefig(f, dpi=150)
     with atomic(folder/'summary.json', 'w') as f: f.write(json.dumps(s, indent=2) + '\n')      # last: it says that the run is finished
     return s
