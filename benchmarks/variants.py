@@ -4,8 +4,11 @@
 """
 import dataclasses
 
+from torch import nn
+
 from hyperflux.hyperflux import Hyperflux
 from hyperflux.methods import Method
+from hyperflux.models import lenet300
 
 
 def variant(untrained=False, settle=None):
@@ -20,3 +23,9 @@ def variant(untrained=False, settle=None):
 untrained = variant(untrained=True)                     # no dense epochs: 50 epochs under its own rule, as hard-concrete L0 has
 late = variant(settle=.05)                              # lands when nearly all is over
 soon = variant(settle=.45)                              # lands as soon as pruning ends: hardly any regrowth
+
+
+def dropout(n_classes=10, in_shape=(1, 28, 28)):
+    "LeNet-300-100 that drops a tenth of its hidden units while it trains: `--model benchmarks.variants:dropout`"
+    net = lenet300(n_classes, in_shape)
+    return nn.Sequential(*(layer for m in net for layer in ([m, nn.Dropout(.1)] if isinstance(m, nn.ReLU) else [m])))
