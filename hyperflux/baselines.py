@@ -6,7 +6,7 @@
 __all__ = ['top', 'apportion', 'at_once', 'Baseline', 'magnitude', 'Magnitude', 'LayerMagnitude', 'Random', 'GMP', 'Progressive',
            'imp_levels', 'IMP']
 
-# %% ../nbs/07_baselines.ipynb #35921dd9
+# %% ../nbs/07_baselines.ipynb #bbc16229
 import math
 from typing import Callable
 
@@ -19,7 +19,7 @@ from .pressure import check_sparsity, cubic, land_, linear
 from .pruner import Pruner, check_steps
 from .shards import sharded
 
-# %% ../nbs/07_baselines.ipynb #114e1d1b
+# %% ../nbs/07_baselines.ipynb #64c44789
 def top(
     scores:Tensor, # [n]; infinite ones count as the largest finite number
     keep:int, # How many, in [0, n]
@@ -29,7 +29,7 @@ def top(
     land_(s, keep)
     return (s >= 0).to(scores.dtype)
 
-# %% ../nbs/07_baselines.ipynb #19123bda
+# %% ../nbs/07_baselines.ipynb #7e7482d0
 def apportion(
     wanted:list[float], # For each layer, not whole; adds up to `keep`, up to rounding
     keep:int, # What they must add up to
@@ -43,7 +43,7 @@ def apportion(
         for i in room[:more]: whole[i] += 1
     return whole
 
-# %% ../nbs/07_baselines.ipynb #c9bb5aff
+# %% ../nbs/07_baselines.ipynb #edc396b2
 def at_once(p:float, # Progress in [0, 1]
     target:float, # Density at the end
 )->float:
@@ -54,7 +54,7 @@ def _wanted(sparsity):
     if sparsity is None: raise ValueError("a sparsity is needed: the fraction of weights to remove, such as 0.98")
     return check_sparsity(sparsity)
 
-# %% ../nbs/07_baselines.ipynb #1af7eeb5
+# %% ../nbs/07_baselines.ipynb #3e92d301
 class Baseline(Pruner):
     "A score says which weights stay, a schedule how many"
     schedule:Callable = staticmethod(at_once)                               # planned density, of (progress in the span, target)
@@ -92,7 +92,7 @@ class Baseline(Pruner):
     def observe(self, gradient:Callable): # A function that gives the gradient, flat, or None if this step is skipped
         "Called before each step, for methods that learn from gradients"
 
-# %% ../nbs/07_baselines.ipynb #38465903
+# %% ../nbs/07_baselines.ipynb #c244ace0
 @patch(as_prop=True)
 def planned(self:Baseline)->float:
     "The density that the schedule wants by now"
@@ -104,7 +104,7 @@ def stage(self:Baseline)->str:
     "prune, finetune or done"
     return 'prune' if self.gradual and self.step < self.end else 'finetune' if self.step < self.steps else 'done'
 
-# %% ../nbs/07_baselines.ipynb #7f3ddee4
+# %% ../nbs/07_baselines.ipynb #164b5dda
 @patch
 @torch.no_grad()
 def prune(self:Baseline):
@@ -134,7 +134,7 @@ def _advance(self:Baseline):
     due = lambda step: (step - self.begin)*self.updates//(self.end - self.begin)
     if due(self.step) > due(self.step - 1) or self.step == self.end: self.prune()
 
-# %% ../nbs/07_baselines.ipynb #9713f92e
+# %% ../nbs/07_baselines.ipynb #d9c36489
 @patch
 def _before(self:Baseline, grads):
     def gradient():
@@ -147,6 +147,7 @@ def _before(self:Baseline, grads):
     if have: torch._foreach_mul_(*map(list, zip(*have)))
 
 @patch
+@torch.no_grad()
 def flat(self:Baseline,
     tensors:list, # One for each layer
 )->Tensor:
@@ -171,7 +172,7 @@ def _load(self:Baseline, state):
     for k in ('births', 'deaths', 'begin', 'end', 'updates', *self.extra()): setattr(self, k, own(state[k]))
     self.apply_mask()
 
-# %% ../nbs/07_baselines.ipynb #0d877c6a
+# %% ../nbs/07_baselines.ipynb #a3886ea0
 def magnitude(self)->Tensor:
     "|θ|"
     return self.flat(self._local).abs_()
@@ -192,7 +193,7 @@ class Random(Baseline):
         super().__init__(model, optimizer, **how)
     def score(self): return torch.rand(self.d, generator=torch.Generator().manual_seed(self.seed)).to(self.mask)
 
-# %% ../nbs/07_baselines.ipynb #2c3ec37b
+# %% ../nbs/07_baselines.ipynb #c9626545
 class GMP(Baseline):
     "Gradual magnitude pruning: the cubic schedule (Zhu & Gupta 2017, arXiv 1710.01878)"
     score, schedule = magnitude, staticmethod(cubic)
@@ -201,7 +202,7 @@ class Progressive(Baseline):
     "Progressive magnitude pruning: the linear schedule (Qureshi et al., arXiv 2606.12278)"
     score, schedule = magnitude, staticmethod(linear)
 
-# %% ../nbs/07_baselines.ipynb #362034ba
+# %% ../nbs/07_baselines.ipynb #339d7084
 def imp_levels(
     sparsity:float, # In [0, 1)
     share:float=.2, # Largest share to be removed at once
