@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['job_name', 'recorded', 'under_pressure', 'aimed', 'write_family', 'read_family']
 
-# %% ../nbs/08d_sweep.ipynb #dcb495aa
+# %% ../nbs/08d_sweep.ipynb #4e8e73f9
 import csv, dataclasses, hashlib, json, math, warnings
 from pathlib import Path
 from typing import Callable
@@ -21,7 +21,7 @@ from .results import origin
 from .train import Run, fit, no_denormals, train_epoch
 from .workers import alone, each
 
-# %% ../nbs/08d_sweep.ipynb #a0194b61
+# %% ../nbs/08d_sweep.ipynb #e51ce61f
 def job_name(
     do:Callable, # A function of a module, so that other processes find it
     *args,
@@ -55,14 +55,15 @@ def recorded(
         todo = {p: (None, _recorded, do, p, args, kw) for p, (do, args, kw) in zip(paths, jobs)}
         for p in [p for p in todo if p.exists()]:
             del todo[p]
-            results[p] = json.loads(p.read_text(encoding='utf-8'))
+            try: results[p] = json.loads(p.read_text(encoding='utf-8'))
+            except ValueError as e: raise ValueError(f"{p} is not a readable result ({e}): remove it, and its run is made again") from e
         if results: show(len(results), len(set(paths)))
         torch.set_num_threads(1)
         try: each(todo, processes, 1, done)
         finally: torch.set_num_threads(threads)
     return [results[p] for p in paths]
 
-# %% ../nbs/08d_sweep.ipynb #36c5a903
+# %% ../nbs/08d_sweep.ipynb #42e9b5d2
 def under_pressure(
     config:Config, # Network, data, seed, optimiser of the weights; dense_epochs, then prune_epochs under pressure
     gamma:float|Callable, # γ, or a function of the whole epochs spent under it
@@ -97,7 +98,7 @@ def under_pressure(
                before=start, accuracy=run.evaluate()['accuracy'], births=last['births'], deaths=last['deaths'], push=push, **held)
     return dict(row=row, curve=curve, layers=p.layers(), **origin())
 
-# %% ../nbs/08d_sweep.ipynb #23d14fcf
+# %% ../nbs/08d_sweep.ipynb #02c92414
 def aimed(
     config:Config,
     *,
@@ -118,7 +119,7 @@ def aimed(
                refloated=sum(h['stage'] == 'refloated' for h in p.history), warnings=len(said), dense_accuracy=run.dense_accuracy, accuracy=run.history[-1]['accuracy'])
     return dict(row=row, curve=[(h['step'], h['density'], h['planned'], h['pressure']) for h in p.history], **origin())
 
-# %% ../nbs/08d_sweep.ipynb #2b01de83
+# %% ../nbs/08d_sweep.ipynb #7178600e
 def _csv(path, rows):
     keys = list(dict.fromkeys(k for r in rows for k in r))
     with atomic(path, 'w') as f:
