@@ -10,6 +10,13 @@ import pytest
 root = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Side by side, a file's tests stay together, for they share fixtures; notebooks, the longest, go one by one"
+    for item in items:
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope='session')
 def checkout(tmp_path_factory):
     "A copy of what the notebooks and the docs need, to run them without touching the working tree."
