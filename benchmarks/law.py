@@ -70,7 +70,7 @@ def converge(run, out, smoke):
 
 
 def bottleneck(run, out, smoke):
-    return run([(under_pressure, (config(s, **tiny(smoke)), staircase), dict(targets='fc3', looks=600)) for s in SEEDS[:1 if smoke else None]])
+    return run([(under_pressure, (config(s, **tiny(smoke)), staircase), dict(targets='5', looks=600)) for s in SEEDS[:1 if smoke else None]])
 
 
 def tiny(smoke): return dict(data='fashion-small', epochs=1, batch_size=16) if smoke else {}
