@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'Law', 'fit_law', 'Rivals', 'plot_law']
 
-# %% ../nbs/08c_laws.ipynb #37a63aa2
+# %% ../nbs/08c_laws.ipynb #1e78a812
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .flux import format_table
 
-# %% ../nbs/08c_laws.ipynb #9a588aa3
+# %% ../nbs/08c_laws.ipynb #4af4f6d0
 FORMS = 'power', 'quadratic', 'broken', 'odds'
 
 def _columns(form, l, kink):
@@ -75,7 +75,7 @@ def fit_law(
     if n < 6: raise ValueError(f"a law and its rivals need at least 6 different x: got {n}")
     law = _fit(form, x, y)
     left_out = [np.log(y[x == v]/_fit(form, x[x != v], y[x != v]).predict([v])['y']) for v in np.unique(x)]
-    return Law(form, x, y, law.fit, law.kink, math.sqrt(np.mean(np.concatenate(left_out)**2)))
+    return replace(law, off=math.sqrt(np.mean(np.concatenate(left_out)**2)))
 
 @patch
 def predict(self:Law,
@@ -92,7 +92,7 @@ def __str__(self:Law):
     low, high = self.interval
     return f"{self.form}: exponent {self.exponent:.3f} (95 %: {low:.3f} to {high:.3f}), R² {self.r2:.4f}, off by {self.off:.1%} where it has not seen x"
 
-# %% ../nbs/08c_laws.ipynb #28dc1c43
+# %% ../nbs/08c_laws.ipynb #a84986d0
 class Rivals:
     "All forms on the same data"
     def __init__(self, x, y): self.laws = [fit_law(x, y, f) for f in FORMS]
@@ -106,7 +106,7 @@ class Rivals:
     def __repr__(self): return self.text()
     def _repr_markdown_(self): return self.text(markdown=True)
 
-# %% ../nbs/08c_laws.ipynb #bf0db55a
+# %% ../nbs/08c_laws.ipynb #3450fbe9
 def plot_law(
     law:Law,
     axes=None, # Two axes, for the law and for its residuals; a new figure if not given

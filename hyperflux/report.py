@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['figures', 'report']
 
-# %% ../nbs/08e_report.ipynb #79d9cecd
+# %% ../nbs/08e_report.ipynb #d173e995
 import dataclasses, html, io, json, math
 from pathlib import Path
 
 from .checkpoint import atomic
 from .flux import plot_flux
 from .methods import method
-from .plots import shade_stages
+from .plots import COLORS, shade_stages
 from .recipes import Config
 from .results import duration, read_history
 
-# %% ../nbs/08e_report.ipynb #19074946
+# %% ../nbs/08e_report.ipynb #52b33f1b
 def _svg(draw, size):
     "What `draw(ax)` draws, as SVG that can stand in a page"
     import seaborn as sns, matplotlib as mpl
@@ -36,20 +36,20 @@ def figures(
     es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
     def density(ax):
         shade_stages(ax, history)
-        ax.semilogy(es, get('density'), 'C0', label='density'); ax.semilogy(es, get('planned'), 'k--', lw=1, label='planned')
+        ax.semilogy(es, get('density'), color=COLORS['density'], label='density'); ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
         ax.set_ylabel('density'); ax.legend(frameon=False, loc='upper right')
         if any(get('pressure')):
-            twin = ax.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
+            twin = ax.twinx(); twin.plot(es, get('pressure'), color=COLORS['pressure'], lw=1); twin.set_ylabel('pressure γ', color=COLORS['pressure'])
     def accuracy(ax):
         shade_stages(ax, history)
-        ax.plot(es, get('accuracy'), 'C2'); ax.set_ylabel('accuracy (%)')
+        ax.plot(es, get('accuracy'), color=COLORS['accuracy']); ax.set_ylabel('accuracy (%)')
         top = max(get('accuracy')); ax.set_ylim(max(min(get('accuracy')) - 1, top - 20), min(100, top + 1.5))
     def loss(ax):
         shade_stages(ax, history)
-        ax.plot(es, get('loss'), 'C0', label='training objective'); ax.plot(es, get('eval_loss'), 'C3', label='cross-entropy, held-out images'); ax.set_ylabel('loss (nats)'); ax.legend(frameon=False)
+        ax.plot(es, get('loss'), color=COLORS['training'], label='training objective'); ax.plot(es, get('eval_loss'), color=COLORS['held_out'], label='cross-entropy, held-out images'); ax.set_ylabel('loss (nats)'); ax.legend(frameon=False)
     def lives(ax):
         shade_stages(ax, history)
-        ax.bar([e - .5 for e in es], get('births'), color='C2', label='births'); ax.bar([e - .5 for e in es], [-v for v in get('deaths')], color='C3', label='deaths')
+        ax.bar([e - .5 for e in es], get('births'), color=COLORS['births'], label='births'); ax.bar([e - .5 for e in es], [-v for v in get('deaths')], color=COLORS['deaths'], label='deaths')
         ax.set_yscale('symlog', linthresh=10); ax.set_ylabel('weights per epoch'); ax.axhline(0, color='k', lw=.6); ax.legend(frameon=False)
     made = {'Density follows its plan': density, 'Accuracy': accuracy, 'Loss': loss}
     if any(v for k in ('births', 'deaths') for v in get(k) if not math.isnan(v)): made['Births and deaths'] = lives
@@ -57,7 +57,7 @@ def figures(
     if flux: out['Flux, when pressure ended'] = _svg(lambda ax: plot_flux(flux, ax).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present']))), (5.2, 3))
     return out
 
-# %% ../nbs/08e_report.ipynb #861092f7
+# %% ../nbs/08e_report.ipynb #75522a8a
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #667; --line: #d9dee5; --paper: #fff; --tint: #f4f6f9; --bar: #0173b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa3b0; --line: #3a424d; --paper: #1b2027; --tint: #252c35; --bar: #56b4e9; } }
