@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['job_name', 'recorded', 'under_pressure', 'aimed', 'write_family', 'read_family']
 
-# %% ../nbs/08d_sweep.ipynb #4e8e73f9
+# %% ../nbs/08d_sweep.ipynb #a61c3b45
 import csv, dataclasses, hashlib, json, math, warnings
 from pathlib import Path
 from typing import Callable
@@ -21,7 +21,7 @@ from .results import origin
 from .train import Run, fit, no_denormals, train_epoch
 from .workers import alone, each
 
-# %% ../nbs/08d_sweep.ipynb #e51ce61f
+# %% ../nbs/08d_sweep.ipynb #7420da70
 def job_name(
     do:Callable, # A function of a module, so that other processes find it
     *args,
@@ -63,7 +63,7 @@ def recorded(
         finally: torch.set_num_threads(threads)
     return [results[p] for p in paths]
 
-# %% ../nbs/08d_sweep.ipynb #42e9b5d2
+# %% ../nbs/08d_sweep.ipynb #d074a33b
 def under_pressure(
     config:Config, # Network, data, seed, optimiser of the weights; dense_epochs, then prune_epochs under pressure
     gamma:float|Callable, # γ, or a function of the whole epochs spent under it
@@ -85,8 +85,9 @@ def under_pressure(
     p = run.pruner = Hyperflux(run.model, run.optimizer, pressure=force, steps=n*len(run.train_loader), targets=targets, seed=c.seed, meter=True,
                                settings=dataclasses.replace(settings, prune=1., settle=0., updates=looks, exact=False))
     start = run.evaluate()['accuracy']
+    meter, p.meter = p.meter, None
     for k in range(n):
-        p.meter.reset()
+        if k == n - 1: p.meter = meter                                          # flux, births and deaths of the last epoch; a meter takes a quarter of the time
         train_epoch(run)
         run.epoch += 1
     curve = [(h['step'], h['density'], h['pressure']) for h in p.history]
@@ -98,7 +99,7 @@ def under_pressure(
                before=start, accuracy=run.evaluate()['accuracy'], births=last['births'], deaths=last['deaths'], push=push, **held)
     return dict(row=row, curve=curve, layers=p.layers(), **origin())
 
-# %% ../nbs/08d_sweep.ipynb #02c92414
+# %% ../nbs/08d_sweep.ipynb #d25dc8cd
 def aimed(
     config:Config,
     *,
@@ -119,7 +120,7 @@ def aimed(
                refloated=sum(h['stage'] == 'refloated' for h in p.history), warnings=len(said), dense_accuracy=run.dense_accuracy, accuracy=run.history[-1]['accuracy'])
     return dict(row=row, curve=[(h['step'], h['density'], h['planned'], h['pressure']) for h in p.history], **origin())
 
-# %% ../nbs/08d_sweep.ipynb #7178600e
+# %% ../nbs/08d_sweep.ipynb #cad03797
 def _csv(path, rows):
     keys = list(dict.fromkeys(k for r in rows for k in r))
     with atomic(path, 'w') as f:
