@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03c_hyperflux.ipynb #a0aa3c3e
+# %% ../nbs/03c_hyperflux.ipynb #6e6cb676
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -21,7 +21,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 presence_lr)
 from .pruner import check_steps
 
-# %% ../nbs/03c_hyperflux.ipynb #0cf78728
+# %% ../nbs/03c_hyperflux.ipynb #92573de7
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -76,7 +76,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03c_hyperflux.ipynb #0f7ffc62
+# %% ../nbs/03c_hyperflux.ipynb #6e8fd589
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -85,7 +85,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03c_hyperflux.ipynb #656784f6
+# %% ../nbs/03c_hyperflux.ipynb #4f9b2fc8
 class Hyperflux(GatedPruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -121,14 +121,14 @@ class Hyperflux(GatedPruner):
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03c_hyperflux.ipynb #e618aae4
+# %% ../nbs/03c_hyperflux.ipynb #f55c79ae
 @patch
 def _move(self:Hyperflux):
     if self.meter: before, flux = self.mask.clone(), self._pull*-self.settings.slope
     if self.meter and self._skip is not None: flux.masked_fill_(self._skip.bool(), 0.)   # a skipped step has no flux
     if self._missing or self._skip is not None: self._count = None              # from now on gates differ in their number of steps
-    if self._compiled and self._count is not None: self._compiled_step()
-    else:
+    if self._compiled and self._count is not None and not self.resting: self._compiled_step()
+    elif not self.resting:
         self._pull.mul_(self.settings.slope).add_(self.gamma/self.d)            # ∂/∂t = c·ω·g + γ/d
         self._step_gates()
         torch.ge(self.presence, 0, out=self.mask)
@@ -142,12 +142,17 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03c_hyperflux.ipynb #3a8e9337
+# %% ../nbs/03c_hyperflux.ipynb #eadf8341
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
     return ('prune' if self.step < self._prune_end else 'regrow' if self.step < self._settle_at else
             'settle' if self.step < self.steps else 'done')
+
+@patch(as_prop=True)
+def resting(self:Hyperflux)->bool:
+    "Whether presences stand still because the controller has no pressure left to take back"
+    return self.gamma == 0 and not self._pressure and self.controller is not None and self.step < self._prune_end
 
 @patch(as_prop=True)
 def frozen(self:Hyperflux)->bool:
@@ -206,7 +211,7 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03c_hyperflux.ipynb #21687b07
+# %% ../nbs/03c_hyperflux.ipynb #c4f064c6
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BETA', 'hard_concrete', 'gate_slope', 'open_probability', 'sure_gate', 'patient', 'L0']
 
-# %% ../nbs/07c_l0.ipynb #27b79940
+# %% ../nbs/07c_l0.ipynb #95a6f26e
 import functools, math, warnings
 from contextlib import nullcontext
 from typing import Callable
@@ -18,7 +18,7 @@ from .gated import GatedPruner
 from .pressure import LogController, land_
 from .pruner import Pruner, check_steps
 
-# %% ../nbs/07c_l0.ipynb #cf20a30c
+# %% ../nbs/07c_l0.ipynb #7a702b47
 BETA = 2/3                                          # the temperature
 
 def hard_concrete(alpha:Tensor, # Logit of the gate
@@ -39,7 +39,7 @@ def sure_gate(alpha:Tensor)->Tensor: # ẑ in [0, 1]
     "The gate without noise; above zero where α > -ln 11"
     return (1.2*alpha.sigmoid() - .1).clamp(0, 1)
 
-# %% ../nbs/07c_l0.ipynb #44fa6405
+# %% ../nbs/07c_l0.ipynb #bc6e88d7
 def patient(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned expected density
@@ -58,7 +58,7 @@ class L0(GatedPruner):
         ignore=(), # What to leave dense, likewise
         span:tuple=(0, .6), # Shares of the run between which gates are noisy; dense before, a fixed mask after
         trajectory:Callable=patient, # Planned expected density, of (progress within span, target)
-        controller:Callable=functools.partial(LogController, start=1., high=1e3, lead=.3), # Makes what finds λ from expected density, planned and progress
+        controller:Callable=functools.partial(LogController, start=1., high=1e3, lead=.3, kd=0., rest=0.), # Makes what finds λ from expected density, planned and progress
         travel:float=120., # How far Adam could carry a logit within the span, > 0
         seed:int=0, # Of the noise; the same on all processes
     ):
@@ -91,7 +91,7 @@ def _move(self:L0):
     self.z.copy_(hard_concrete(self.alpha, self.z.uniform_(generator=self.noise)))          # for the next forward pass
     torch.gt(self.alpha, -math.log(11), out=self.mask)                          # where ẑ > 0
 
-# %% ../nbs/07c_l0.ipynb #09449d7b
+# %% ../nbs/07c_l0.ipynb #adac05f9
 @patch(as_prop=True)
 def stage(self:L0)->str:
     "dense, prune, finetune or done"
@@ -136,7 +136,7 @@ def land(self:L0):
     self.gamma, self.landed = 0., True
     self._restore()
 
-# %% ../nbs/07c_l0.ipynb #2e14658a
+# %% ../nbs/07c_l0.ipynb #a26db6ec
 @patch
 def deterministic(self:L0):
     "For an evaluation in mid-run: the weights are ω·ẑ inside, and what they were after it"
