@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['figures', 'report']
 
-# %% ../nbs/08e_report.ipynb #d173e995
-import dataclasses, html, io, json, math
+# %% ../nbs/08e_report.ipynb #c1d669a5
+import dataclasses, html, io, math
 from pathlib import Path
 
 from .checkpoint import atomic
@@ -14,9 +14,9 @@ from .flux import plot_flux
 from .methods import method
 from .plots import COLORS, shade_stages
 from .recipes import Config
-from .results import duration, read_history
+from .results import duration, read_history, read_summary
 
-# %% ../nbs/08e_report.ipynb #52b33f1b
+# %% ../nbs/08e_report.ipynb #2a6df971
 def _svg(draw, size):
     "What `draw(ax)` draws, as SVG that can stand in a page"
     import seaborn as sns, matplotlib as mpl
@@ -57,7 +57,7 @@ def figures(
     if flux: out['Flux, when pressure ended'] = _svg(lambda ax: plot_flux(flux, ax).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present']))), (5.2, 3))
     return out
 
-# %% ../nbs/08e_report.ipynb #75522a8a
+# %% ../nbs/08e_report.ipynb #a7c257e7
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #667; --line: #d9dee5; --paper: #fff; --tint: #f4f6f9; --bar: #0173b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa3b0; --line: #3a424d; --paper: #1b2027; --tint: #252c35; --bar: #56b4e9; } }
@@ -98,10 +98,8 @@ def report(
 )->Path: # Of the page; FileNotFoundError if the run is not finished
     "One self-contained HTML page about a run: numbers, curves, layers, flux, births and deaths, settings"
     folder = Path(folder)
-    if not (folder/'summary.json').is_file():
-        have = ', '.join(sorted(p.parent.name for p in folder.glob('*/summary.json')))
-        raise FileNotFoundError(f"{folder} holds no finished run (no summary.json)" + (f"; it holds runs, name one of them: {have}" if have else "; hyperflux prune --resume --out FOLDER goes on with one that was stopped"))
-    try: s, history = json.loads((folder/'summary.json').read_text(encoding='utf-8')), read_history(folder/'history.csv')
+    s = read_summary(folder)
+    try: history = read_history(folder/'history.csv')
     except (ValueError, OSError) as e: raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
     c, made, untrained = s['config'], s.get('made') or {}, method(s['config']['method']).untrained
     tiles = [(f"{s['accuracy']:.2f} %", f"{s['split']} accuracy, pruned"), (f"{s['dense_accuracy']:.2f} %", f"{s['split']} accuracy, {'untrained' if untrained else 'dense'}"),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
-           'duration', 'plot_run', 'origin', 'clear_run', 'write_results']
+           'duration', 'plot_run', 'origin', 'clear_run', 'write_results', 'read_summary']
 
-# %% ../nbs/06d_results.ipynb #1cf8dc40
+# %% ../nbs/06d_results.ipynb #c89e7190
 import csv, dataclasses, json, math, os, platform, subprocess, zlib
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ from .flux import plot_flux
 from .methods import method
 from .pruner import density_table
 
-# %% ../nbs/06d_results.ipynb #370d9818
+# %% ../nbs/06d_results.ipynb #2071ec7b
 def write_history(
     rows:list[dict], # One an epoch
     path, # history.csv
@@ -38,7 +38,7 @@ def read_history(
     number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
     with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/06d_results.ipynb #00c2b558
+# %% ../nbs/06d_results.ipynb #1d703f81
 def check_tensorboard(
     folder, # Where it is to write, or None
 ):
@@ -61,7 +61,7 @@ def tensorboard_log(
         writer.flush()
     return log
 
-# %% ../nbs/06d_results.ipynb #4fb74219
+# %% ../nbs/06d_results.ipynb #fa0d3adc
 def file_sizes(
     path, # A file of weights
 )->dict: # dense and compressed, in bytes
@@ -97,7 +97,7 @@ def duration(
     "Seconds, minutes or hours, whichever reads best"
     return f'{seconds:.1f} s' if seconds < 120 else f'{seconds/60:.1f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
 
-# %% ../nbs/06d_results.ipynb #bb4a41af
+# %% ../nbs/06d_results.ipynb #123e018d
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
@@ -138,7 +138,7 @@ def _plot_layers(rows, ax):
     if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
-# %% ../nbs/06d_results.ipynb #957bd9b6
+# %% ../nbs/06d_results.ipynb #98c075ce
 def origin(
     device='cpu',
 )->dict: # version, commit (None outside of git, '+' if the package differs from it), torch, python, hardware, date
@@ -152,12 +152,12 @@ def origin(
     hardware = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
     return dict(version=__version__, commit=commit, torch=torch.__version__, python=platform.python_version(), hardware=hardware, cores=os.cpu_count(), date=str(date.today()))
 
-# %% ../nbs/06d_results.ipynb #efc2114c
+# %% ../nbs/06d_results.ipynb #cb8c825a
 def clear_run(
     folder, # Of a run
 ):
     "Removes a run's own files, and no others"
-    names = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html'
+    names = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html', *(f'deploy/{n}' for n in ('model.sparse', 'compact.sparse', 'model.onnx', 'deploy.json', 'deploy.txt', 'deploy.png'))
     for path in [Path(folder)/name for name in names] + checkpoints(folder): path.unlink(missing_ok=True)
 
 def _weights(model):
@@ -178,3 +178,14 @@ def write_results(
     with atomic(folder/'run.png') as f: plot_run(run.history, s['layers'], run.flux).savefig(f, dpi=150)
     with atomic(folder/'summary.json', 'w') as f: f.write(json.dumps(s, indent=2) + '\n')      # last: it says that the run is finished
     return s
+
+def read_summary(
+    folder, # Of a run
+)->dict: # What `write_results` gave; FileNotFoundError if the run is not finished, ValueError if the file is broken
+    "What a finished run reached"
+    folder = Path(folder)
+    if not (folder/'summary.json').is_file():
+        have = ', '.join(sorted(p.parent.name for p in folder.glob('*/summary.json')))
+        raise FileNotFoundError(f"{folder} holds no finished run (no summary.json)" + (f"; it holds runs, name one of them: {have}" if have else "; hyperflux prune --resume --out FOLDER goes on with one that was stopped"))
+    try: return json.loads((folder/'summary.json').read_text(encoding='utf-8'))
+    except (ValueError, OSError) as e: raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
