@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'flat_outputs', 'relative_gap', 'random_like', 'Compaction', 'compact']
 
-# %% ../nbs/09_compact.ipynb #8d383892
+# %% ../nbs/09_compact.ipynb #e33dc8d9
 import copy
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import nn
 from .channels import Channels, needed, stand_in
 from .flux import format_table
 
-# %% ../nbs/09_compact.ipynb #716be07e
+# %% ../nbs/09_compact.ipynb #be8b82ba
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                             # those that can take a bias if they have none
 
 def _owner(model, name): return model.get_submodule(name.rpartition('.')[0])
@@ -38,7 +38,7 @@ def _fold(model, ch, stay):
                 layer.bias = nn.Parameter(more, requires_grad=w.requires_grad)
                 ch.claims[r.name.removesuffix('weight') + 'bias', 0] = r.out
 
-# %% ../nbs/09_compact.ipynb #989b4c0f
+# %% ../nbs/09_compact.ipynb #5b9ca4e1
 def _cut(model, ch, stay):
     for name in dict.fromkeys(n for n, _ in ch.claims):
         layer, _, leaf = _owner(model, name), *name.rpartition('.')[1:]
@@ -60,7 +60,7 @@ def _sizes(layer):
     elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None: layer.num_features = len(layer.running_mean)
     elif isinstance(layer, nn.PReLU): layer.num_parameters = w.numel()
 
-# %% ../nbs/09_compact.ipynb #59047dbb
+# %% ../nbs/09_compact.ipynb #ad139d07
 def flat_outputs(out)->list: # Tensors
     "All tensors in what a model gives, however packed"
     from torch.utils._pytree import tree_leaves
@@ -92,7 +92,7 @@ def _check(model, small, example):
         gap = max(gap, relative_gap(model(*inputs), small(*inputs)))
     return gap
 
-# %% ../nbs/09_compact.ipynb #47de454a
+# %% ../nbs/09_compact.ipynb #8fe1a47c
 @dataclass
 class Compaction:
     "What `compact` took out, and what it had to leave"
@@ -123,7 +123,7 @@ def __repr__(self:Compaction): return self.text()
 @patch
 def _repr_markdown_(self:Compaction): return self.text(markdown=True)
 
-# %% ../nbs/09_compact.ipynb #225622c8
+# %% ../nbs/09_compact.ipynb #e09050b1
 def _left(ch, stay):
     "Channels that a layer writes as constants or that its readers do not read, and that stay, with the reason"
     why, rows = {}, []
@@ -148,7 +148,7 @@ def _attempt(model, example, views):
     rows = [dict(name=n.removesuffix('.weight'), shape=a, shape_after=b, weights=int(np.prod(a)), weights_after=int(np.prod(b))) for n, (a, b) in sizes.items()]
     return small, Compaction(rows, _left(ch, stay), views=views)
 
-# %% ../nbs/09_compact.ipynb #44ed5be0
+# %% ../nbs/09_compact.ipynb #4e6d248d
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, or a tuple of inputs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'Law', 'fit_law', 'Rivals', 'plot_law']
 
-# %% ../nbs/08c_laws.ipynb #1e78a812
+# %% ../nbs/08c_laws.ipynb #2116d4d4
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .flux import format_table
 
-# %% ../nbs/08c_laws.ipynb #4af4f6d0
+# %% ../nbs/08c_laws.ipynb #a200d0d1
 FORMS = 'power', 'quadratic', 'broken', 'odds'
 
 def _columns(form, l, kink):
@@ -92,7 +92,7 @@ def __str__(self:Law):
     low, high = self.interval
     return f"{self.form}: exponent {self.exponent:.3f} (95 %: {low:.3f} to {high:.3f}), R² {self.r2:.4f}, off by {self.off:.1%} where it has not seen x"
 
-# %% ../nbs/08c_laws.ipynb #a84986d0
+# %% ../nbs/08c_laws.ipynb #fbbbf30c
 class Rivals:
     "All forms on the same data"
     def __init__(self, x, y): self.laws = [fit_law(x, y, f) for f in FORMS]
@@ -106,7 +106,7 @@ class Rivals:
     def __repr__(self): return self.text()
     def _repr_markdown_(self): return self.text(markdown=True)
 
-# %% ../nbs/08c_laws.ipynb #3450fbe9
+# %% ../nbs/08c_laws.ipynb #ab2ee3ce
 def plot_law(
     law:Law,
     axes=None, # Two axes, for the law and for its residuals; a new figure if not given
@@ -120,5 +120,6 @@ def plot_law(
     p = law.predict(grid)
     a.loglog(law.x, law.y, 'o', ms=4, color=color, label=label)
     a.loglog(grid, p['y'], color=color, lw=1.2); a.fill_between(grid, p['low'], p['high'], color=color, alpha=.15, lw=0)
-    b.semilogx(law.x, 100*law.residuals, 'o-', ms=3, lw=.8, color=color); b.axhline(0, color='.7', lw=.8, zorder=0)
+    i = np.argsort(law.x, kind='stable')
+    b.semilogx(law.x[i], 100*law.residuals[i], 'o-', ms=3, lw=.8, color=color); b.axhline(0, color='.7', lw=.8, zorder=0)
     return a, b
