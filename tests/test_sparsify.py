@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hyperflux import sparsify as S
+from hyperflux import kernels as K, sparsify as S
 from hyperflux.compact import relative_gap
 from hyperflux.models import lenet300, resnet18, vgg19
-from hyperflux.sparsify import SparseChain, SparseConv2d, SparseLinear, sparsify
+from hyperflux.kernels import SparseChain, SparseConv2d, SparseLinear
+from hyperflux.sparsify import sparsify
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +247,7 @@ def test_without_mkl(monkeypatch):
 def test_disagreement_is_refused(monkeypatch):
     "A kernel that computes something else is never chosen"
     clock(monkeypatch, 'bag', 'sparse')
-    right = S.product
+    right = K.product
     monkeypatch.setattr(S, 'product', lambda *a: right(*a)*(1 + 1e-4*a[5]))
     model = net()
     new, report = sparsify(model, torch.randn(2, 3, 10, 10))
