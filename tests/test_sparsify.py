@@ -239,7 +239,7 @@ def test_never_slower(monkeypatch):
 def test_without_mkl(monkeypatch):
     clock(monkeypatch, 'bag', 'sparse')
     def broken(*args): raise RuntimeError("Calling addmm on a sparse CPU tensor requires compiling PyTorch with MKL")
-    monkeypatch.setattr(S, '_csr', broken)
+    monkeypatch.setattr(K, '_csr', broken)
     new, report = sparsify(net(), torch.randn(2, 3, 10, 10))
     assert sparse_layers(new) and all(m.kernel == 'bag' for m in sparse_layers(new)) and 'csr pixel does not work here: Calling addmm' in str(report)
 
@@ -248,7 +248,7 @@ def test_disagreement_is_refused(monkeypatch):
     "A kernel that computes something else is never chosen"
     clock(monkeypatch, 'bag', 'sparse')
     right = K.product
-    monkeypatch.setattr(S, 'product', lambda *a: right(*a)*(1 + 1e-4*a[5]))
+    monkeypatch.setattr(K, 'product', lambda *a: right(*a)*(1 + 1e-4*a[5]))
     model = net()
     new, report = sparsify(model, torch.randn(2, 3, 10, 10))
     assert all(m.kernel == 'csr' for m in sparse_layers(new)) and report.gap < 1e-5
