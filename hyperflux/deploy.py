@@ -6,7 +6,7 @@
 __all__ = ['PICOJOULES', 'operations', 'energy', 'turns', 'quartiles', 'DeployReport', 'plot_deploy', 'deploy', 'load_run',
            'deploy_run']
 
-# %% ../nbs/09c_deploy.ipynb #b49c4b56
+# %% ../nbs/09c_deploy.ipynb #263747fc
 import copy, json, statistics, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .recipes import DATASETS, Config
 from .results import origin, read_summary
 from .sparsify import sparsify
 
-# %% ../nbs/09c_deploy.ipynb #6439a882
+# %% ../nbs/09c_deploy.ipynb #06ec85a5
 PICOJOULES = dict(multiply_add=3.7 + .9, word=640.)                             # 45 nm, 32 bits; Horowitz, ISSCC 2014
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def energy(
     "An estimate by two constants of one old process, good for ratios at best"
     return 1e-12*(flops/2*PICOJOULES['multiply_add'] + words*PICOJOULES['word'])
 
-# %% ../nbs/09c_deploy.ipynb #65501cb4
+# %% ../nbs/09c_deploy.ipynb #61f4c781
 def turns(
     calls:dict, # Name → function without arguments
     rounds:int=15, # How often each has its turn
@@ -82,7 +82,7 @@ def turns(
 
 def quartiles(xs): return statistics.quantiles(xs, n=4, method='inclusive')
 
-# %% ../nbs/09c_deploy.ipynb #1a6fadb6
+# %% ../nbs/09c_deploy.ipynb #13fd2a06
 def _session(model, example, path):
     "The exported network in ONNX Runtime, for any batch"
     made = export_onnx(model, example, path)
@@ -93,10 +93,14 @@ def _session(model, example, path):
     return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 def _forms(model, small, x, compiled, onnx, skipped):
-    "Name → call on x, for each form that can be had here"
-    calls = dict(dense=lambda: model(x), compacted=lambda: small(x))
+    "Name → call on x, for each form that can be had here; forms that are the same network → which; what `sparsify` says"
+    calls, same = dict(dense=lambda: model(x)), {}
+    def form(name, net, before):                                                # what is not another network would only measure chance
+        if net is before[1]: same[name] = before[0]
+        calls[name] = lambda: net(x)
     quick, choice = sparsify(small, x)
-    calls['sparsified'] = lambda: quick(x)
+    form('compacted', small, ('dense', model))
+    form('sparsified', quick, ('dense' if small is model else 'compacted', small))
     if compiled:
         for name, net in dict(compiled=model, **{'sparsified, compiled': quick}).items():
             torch._dynamo.reset()
@@ -108,9 +112,9 @@ def _forms(model, small, x, compiled, onnx, skipped):
     if onnx is not None:
         feed = {onnx.get_inputs()[0].name: x.numpy()}
         calls['ONNX Runtime'] = lambda: onnx.run(None, feed)
-    return calls, choice
+    return calls, same, choice
 
-# %% ../nbs/09c_deploy.ipynb #b8ccd976
+# %% ../nbs/09c_deploy.ipynb #32357e88
 @dataclass
 class DeployReport:
     "What a pruned network weighs and how long it takes, in all its forms"
@@ -130,7 +134,7 @@ def text(self:DeployReport, markdown=False)->str:
     "Three tables: what there is, files, speed"
     d, c = self.counts['dense'], self.counts['compacted']
     rows = [[label, *(show(s[k]) for s in (d, c))] for label, k, show in (('parameters', 'weights', '{:,}'.format), ('not zero', 'present', '{:,}'.format), ('operations, dense', 'dense', _si), ('operations, effective', 'effective', _si),
-                                                                          ('energy, an estimate', 'energy', lambda v: _si(v, 'J')))]
+                                                                          ('energy, an estimate', 'energy', lambda v: _si(v, 'J')), ('energy without zeros, an estimate', 'energy_effective', lambda v: _si(v, 'J')))]
     parts = [format_table(['per sample', 'dense', 'compacted'], rows, markdown=markdown)]
     parts.append(format_table(['file', 'bytes', 'of dense float32'], [[r['form'], f"{r['bytes']:,}", f"{r['share']:.2%}"] for r in self.files], markdown=markdown))
     rows = [[str(r['batch']), r['form'], _si(r['seconds'][1], 's'), f"{_si(r['seconds'][0], 's')} to {_si(r['seconds'][2], 's')}", f"{r['ratio'][1]:.2f} ×", f"{r['ratio'][0]:.2f} to {r['ratio'][2]:.2f}"] for r in self.speed]
@@ -168,7 +172,7 @@ def plot_deploy(
             ax.axvline(1, color='.4', lw=.8); ax.set(title=f'batch {b}', xlabel='times as fast as dense', xlim=(0, 1.3*max(mid))); sns.despine(ax=ax)
     return fig
 
-# %% ../nbs/09c_deploy.ipynb #2e8f73bb
+# %% ../nbs/09c_deploy.ipynb #5e051419
 def deploy(
     model:nn.Module, # Pruned, on the CPU; left as it is
     example, # An input of one sample or more; its first sample is repeated for each batch
@@ -189,8 +193,9 @@ def deploy(
     sample = lambda b: example[:b] if len(example) >= b else one.repeat(b, *[1]*(example.ndim - 1))
     say('compacting')
     small, compaction = compact(model, sample(2))
+    if compaction.after == compaction.before: small = model
     counts = dict(dense=operations(model, (one,)), compacted=operations(small, (one,)))
-    for c in counts.values(): c['energy'] = energy(c['dense'], c['weights'] + c['activations'])
+    for c in counts.values(): c.update(energy=energy(c['dense'], c['weights'] + c['activations']), energy_effective=energy(c['effective'], 2*c['present'] + c['activations']))       # a value and its place
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(folder or tmp)
         out.mkdir(parents=True, exist_ok=True)
@@ -210,13 +215,14 @@ def deploy(
         with torch.inference_mode():
             for b in batches:
                 say(f'measuring with batches of {b}')
-                calls, choices[b] = _forms(model, small, sample(b), compiled, session, skipped)
-                times = turns(calls, rounds)
-                for k, xs in times.items():
-                    speed.append(dict(batch=b, form=k, seconds=quartiles(xs), ratio=quartiles([d/x for d, x in zip(times['dense'], xs)]), n=len(xs)))
+                calls, same, choices[b] = _forms(model, small, sample(b), compiled, session, skipped)
+                times = turns({k: f for k, f in calls.items() if k not in same}, rounds)
+                for k in calls:
+                    xs = times[same.get(k, k)]
+                    speed.append(dict(batch=b, form=k + f' (as {same[k]})'*(k in same), seconds=quartiles(xs), ratio=quartiles([d/x for d, x in zip(times['dense'], xs)]), n=len(xs)))
     return DeployReport(name or type(model).__name__, counts, files, speed, compaction, choices, skipped, dict(threads=torch.get_num_threads(), **origin()))
 
-# %% ../nbs/09c_deploy.ipynb #c82c2c8b
+# %% ../nbs/09c_deploy.ipynb #36629ba7
 def load_run(
     folder, # Of a finished run
 )->tuple: # Its network, its summary, the shape of one input; FileNotFoundError or ValueError if that cannot be had
