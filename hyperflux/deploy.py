@@ -6,7 +6,7 @@
 __all__ = ['PICOJOULES', 'operations', 'energy', 'turns', 'quartiles', 'DeployReport', 'plot_deploy', 'deploy', 'load_run',
            'deploy_run']
 
-# %% ../nbs/09c_deploy.ipynb #263747fc
+# %% ../nbs/09c_deploy.ipynb #be239958
 import copy, json, statistics, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from .recipes import DATASETS, Config
 from .results import origin, read_summary
 from .sparsify import sparsify
 
-# %% ../nbs/09c_deploy.ipynb #06ec85a5
+# %% ../nbs/09c_deploy.ipynb #8eb67a67
 PICOJOULES = dict(multiply_add=3.7 + .9, word=640.)                             # 45 nm, 32 bits; Horowitz, ISSCC 2014
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def energy(
     "An estimate by two constants of one old process, good for ratios at best"
     return 1e-12*(flops/2*PICOJOULES['multiply_add'] + words*PICOJOULES['word'])
 
-# %% ../nbs/09c_deploy.ipynb #61f4c781
+# %% ../nbs/09c_deploy.ipynb #f7b01553
 def turns(
     calls:dict, # Name → function without arguments
     rounds:int=15, # How often each has its turn
@@ -82,7 +82,7 @@ def turns(
 
 def quartiles(xs): return statistics.quantiles(xs, n=4, method='inclusive')
 
-# %% ../nbs/09c_deploy.ipynb #13fd2a06
+# %% ../nbs/09c_deploy.ipynb #c990f0f3
 def _session(model, example, path):
     "The exported network in ONNX Runtime, for any batch"
     made = export_onnx(model, example, path)
@@ -114,7 +114,7 @@ def _forms(model, small, x, compiled, onnx, skipped):
         calls['ONNX Runtime'] = lambda: onnx.run(None, feed)
     return calls, same, choice
 
-# %% ../nbs/09c_deploy.ipynb #32357e88
+# %% ../nbs/09c_deploy.ipynb #7cceb1ae
 @dataclass
 class DeployReport:
     "What a pruned network weighs and how long it takes, in all its forms"
@@ -172,7 +172,7 @@ def plot_deploy(
             ax.axvline(1, color='.4', lw=.8); ax.set(title=f'batch {b}', xlabel='times as fast as dense', xlim=(0, 1.3*max(mid))); sns.despine(ax=ax)
     return fig
 
-# %% ../nbs/09c_deploy.ipynb #5e051419
+# %% ../nbs/09c_deploy.ipynb #ec2e34bc
 def deploy(
     model:nn.Module, # Pruned, on the CPU; left as it is
     example, # An input of one sample or more; its first sample is repeated for each batch
@@ -219,10 +219,10 @@ def deploy(
                 times = turns({k: f for k, f in calls.items() if k not in same}, rounds)
                 for k in calls:
                     xs = times[same.get(k, k)]
-                    speed.append(dict(batch=b, form=k + f' (as {same[k]})'*(k in same), seconds=quartiles(xs), ratio=quartiles([d/x for d, x in zip(times['dense'], xs)]), n=len(xs)))
+                    speed.append(dict(batch=b, form=f'{k} (as {same[k]})' if k in same else k, seconds=quartiles(xs), ratio=quartiles([d/x for d, x in zip(times['dense'], xs)]), n=len(xs)))
     return DeployReport(name or type(model).__name__, counts, files, speed, compaction, choices, skipped, dict(threads=torch.get_num_threads(), **origin()))
 
-# %% ../nbs/09c_deploy.ipynb #36629ba7
+# %% ../nbs/09c_deploy.ipynb #fdbd5818
 def load_run(
     folder, # Of a finished run
 )->tuple: # Its network, its summary, the shape of one input; FileNotFoundError or ValueError if that cannot be had
