@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03c_hyperflux.ipynb #6e6cb676
+# %% ../nbs/03c_hyperflux.ipynb #d77fbe1c
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -21,7 +21,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 presence_lr)
 from .pruner import check_steps
 
-# %% ../nbs/03c_hyperflux.ipynb #92573de7
+# %% ../nbs/03c_hyperflux.ipynb #b0577492
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -76,7 +76,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03c_hyperflux.ipynb #6e8fd589
+# %% ../nbs/03c_hyperflux.ipynb #b5ef518e
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -85,7 +85,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03c_hyperflux.ipynb #4f9b2fc8
+# %% ../nbs/03c_hyperflux.ipynb #8664bb7c
 class Hyperflux(GatedPruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -121,7 +121,7 @@ class Hyperflux(GatedPruner):
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03c_hyperflux.ipynb #f55c79ae
+# %% ../nbs/03c_hyperflux.ipynb #7d590f38
 @patch
 def _move(self:Hyperflux):
     if self.meter: before, flux = self.mask.clone(), self._pull*-self.settings.slope
@@ -142,7 +142,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03c_hyperflux.ipynb #eadf8341
+# %% ../nbs/03c_hyperflux.ipynb #80716f1f
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -151,8 +151,8 @@ def stage(self:Hyperflux)->str:
 
 @patch(as_prop=True)
 def resting(self:Hyperflux)->bool:
-    "Whether presences stand still because the controller has no pressure left to take back"
-    return self.gamma == 0 and not self._pressure and self.controller is not None and self.step < self._prune_end
+    "Whether presences stand still, since the controller says so: density has fallen below plan"
+    return not self._pressure and self.step < self._prune_end and getattr(self.controller, 'resting', False)
 
 @patch(as_prop=True)
 def frozen(self:Hyperflux)->bool:
@@ -211,7 +211,7 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03c_hyperflux.ipynb #c4f064c6
+# %% ../nbs/03c_hyperflux.ipynb #92a78f33
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"

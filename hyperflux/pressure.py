@@ -7,7 +7,7 @@ __all__ = ['MIN_STEPS', 'check_sparsity', 'constant', 'ramp', 'adam_damping', 'c
            'exponential', 'early', 'authors_trajectory', 'Plant', 'simulate', 'tracking_error', 'AuthorsController',
            'LogController', 'land_', 'shift_', 'nth_largest']
 
-# %% ../nbs/02_pressure.ipynb #ec9f6b54
+# %% ../nbs/02_pressure.ipynb #317dfc73
 import math, torch
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Callable
 from torch import Tensor
 
-# %% ../nbs/02_pressure.ipynb #4a07b5f8
+# %% ../nbs/02_pressure.ipynb #8c5e0302
 def check_sparsity(
     s:float, # Sparsity, a fraction in [0, 1)
 )->float: # The same as a Python float
@@ -27,7 +27,7 @@ def check_sparsity(
     if not 0 <= s < 1: raise ValueError(f"sparsity is a fraction in [0, 1), the share of weights to remove: got {s:g}")
     return s
 
-# %% ../nbs/02_pressure.ipynb #cc3fcfb3
+# %% ../nbs/02_pressure.ipynb #0a687112
 def constant(p:float, # Progress in [0, 1]; not used
     gamma:float, # The pressure, >= 0
 )->float:
@@ -42,7 +42,7 @@ def ramp(p:float, # Progress in [0, 1]
     if start <= 0 or end <= 0: raise ValueError(f"a geometric ramp runs between two positive pressures: got {start} and {end}")
     return start*(end/start)**p
 
-# %% ../nbs/02_pressure.ipynb #047eec55
+# %% ../nbs/02_pressure.ipynb #0e267bb5
 def adam_damping(
     gamma:float, # Pressure, >= 0
     d:int, # Number of prunable weights
@@ -52,7 +52,7 @@ def adam_damping(
     force = gamma/d
     return force/(force + eps) if force else 0.
 
-# %% ../nbs/02_pressure.ipynb #f925697e
+# %% ../nbs/02_pressure.ipynb #e0bd42cc
 MIN_STEPS = 50 # With fewer pruning steps than this, presences say nothing about weights (see the picture below)
 
 def check_reach(
@@ -79,7 +79,7 @@ def presence_lr(
     check_reach(steps, lr, high)
     return lr
 
-# %% ../nbs/02_pressure.ipynb #2e39ac20
+# %% ../nbs/02_pressure.ipynb #7efed9d2
 def linear(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned density, here and below
@@ -98,7 +98,7 @@ def early(p:float, target:float)->float:
     "Fast at first and patient at the end, on the logarithm of density"
     return target**(1 - (1 - p)**4)
 
-# %% ../nbs/02_pressure.ipynb #34ceb66e
+# %% ../nbs/02_pressure.ipynb #7f0912b7
 def _planned(e0, epochs, a):
     r = [1.]
     for j in range(1, epochs + 1): r.append(r[-1]*(e0 + (.999 - e0)/(1 + math.exp(-a/epochs*(j - epochs/2)))))
@@ -125,7 +125,7 @@ def authors_trajectory(
     "The Hyperflux authors' trajectory"
     return _authors_plan(target, epochs, a)[min(max(round(p*epochs), 0), epochs)]
 
-# %% ../nbs/02_pressure.ipynb #b8416bc2
+# %% ../nbs/02_pressure.ipynb #58ef0900
 @dataclass
 class Plant:
     "A simulated network: log density relaxes to that of the pruning law, min(1, c·γ^-α)"
@@ -171,7 +171,7 @@ def simulate(
         if kick and i == round(kick[0]*steps): plant.x = min(0., plant.x + math.log(kick[1]))
         if i % every == 0: gamma = controller(plant.measure(), trajectory(p, target), p)
         rows.append(dict(progress=p, planned=trajectory(p, target), density=math.exp(plant.x), gamma=gamma))
-        plant.step(gamma, p, 1/steps)
+        if not getattr(controller, 'resting', False): plant.step(gamma, p, 1/steps)
     return rows
 
 def tracking_error(
@@ -182,7 +182,7 @@ def tracking_error(
     es = [math.log(r['density']/r['planned']) for r in rows if r['progress'] >= skip]
     return math.sqrt(sum(e*e for e in es)/len(es))
 
-# %% ../nbs/02_pressure.ipynb #cb4be540
+# %% ../nbs/02_pressure.ipynb #349d5440
 class _Controller:
     "State as plain floats"
     def state_dict(self)->dict: return {k: float(getattr(self, k)) for k in self.state}
@@ -214,10 +214,10 @@ class AuthorsController(_Controller):
             self.i_plus, self.i_minus = 0., self.i_minus + s/4
         return self.b**1.5
 
-# %% ../nbs/02_pressure.ipynb #e528fe40
+# %% ../nbs/02_pressure.ipynb #2aaf1b29
 class LogController(_Controller):
     "Control of log density by log pressure: proportional, integral and drift, with feedforward from the pruning law and anti-windup"
-    state = 'integral', 'error', 'progress', 'plan', 'drift'
+    state = 'integral', 'error', 'progress', 'plan', 'drift', 'resting'
     def __init__(self,
         kp:float=10., # e-foldings of pressure for one e-folding of density above plan
         ki:float=60., # The same, for that error held during the whole run
@@ -227,13 +227,14 @@ class LogController(_Controller):
         start:float=math.exp(-5), # First pressure
         low:float=math.exp(-14), # Lowest pressure, > 0
         high:float=1e3, # Highest: an overshoot must not empty the network, from which there is no way back
-        rest:float=math.exp(-7), # Below this pressure, and 2 % under plan, the answer is 0; 0: never
+        rest:float=math.exp(-7), # Where density is 1.5 % under plan, the answer is 0 below this pressure, and in the second half at any; 0: never
     ):
         if not 0 < low <= start <= high: raise ValueError(f"pressures: 0 < low <= start <= high, got low={low:g}, start={start:g}, high={high:g}")
         self.kp, self.ki, self.kd, self.alpha, self.lead, self.start = kp, ki, kd, alpha, lead, math.log(start)
         self.low, self.high, self.rest = math.log(low), math.log(high), math.log(rest) if rest > 0 else -math.inf
         self.first = start # Pressure before the first question
         self.integral = self.error = self.progress = self.plan = self.drift = 0.
+        self.resting = False # Whether the last answer was: let presences rest
 
     def __call__(self,
         density:float, # Measured, in [0, 1]
@@ -254,10 +255,10 @@ class LogController(_Controller):
         if wound: self.drift = 0.                                               # anti-windup
         else: self.integral, self.drift = integral, drift
         self.progress, self.plan = progress, plan
-        if u < self.rest and e < -.02: return 0.
-        return math.exp(max(self.low, min(self.high, u)))
+        self.resting = e < -.015 and self.rest > -math.inf and (u < self.rest or progress >= .5)
+        return 0. if self.resting else math.exp(max(self.low, min(self.high, u)))
 
-# %% ../nbs/02_pressure.ipynb #5225166e
+# %% ../nbs/02_pressure.ipynb #1650e087
 @torch.no_grad()
 def land_(
     presence:Tensor, # [n], float32 or float64, changed in place
@@ -285,7 +286,7 @@ def shift_(
     presence.masked_fill_(absent & (presence > -torch.finfo(presence.dtype).tiny), -torch.finfo(presence.dtype).tiny)
     return -float(line)
 
-# %% ../nbs/02_pressure.ipynb #419327fb
+# %% ../nbs/02_pressure.ipynb #857ba320
 def nth_largest(
     count:Callable, # x → how many of the numbers are >= x; may ask other processes
     n:int, # Which one: 1 for the largest; at most as many as there are, all of them finite
