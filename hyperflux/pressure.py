@@ -7,7 +7,7 @@ __all__ = ['MIN_STEPS', 'check_sparsity', 'constant', 'ramp', 'adam_damping', 'c
            'exponential', 'early', 'authors_trajectory', 'Plant', 'simulate', 'tracking_error', 'AuthorsController',
            'LogController', 'land_', 'shift_', 'nth_largest']
 
-# %% ../nbs/02_pressure.ipynb #317dfc73
+# %% ../nbs/02_pressure.ipynb #26691458
 import math, torch
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Callable
 from torch import Tensor
 
-# %% ../nbs/02_pressure.ipynb #8c5e0302
+# %% ../nbs/02_pressure.ipynb #6316de73
 def check_sparsity(
     s:float, # Sparsity, a fraction in [0, 1)
 )->float: # The same as a Python float
@@ -27,7 +27,7 @@ def check_sparsity(
     if not 0 <= s < 1: raise ValueError(f"sparsity is a fraction in [0, 1), the share of weights to remove: got {s:g}")
     return s
 
-# %% ../nbs/02_pressure.ipynb #0a687112
+# %% ../nbs/02_pressure.ipynb #6cac35e5
 def constant(p:float, # Progress in [0, 1]; not used
     gamma:float, # The pressure, >= 0
 )->float:
@@ -42,7 +42,7 @@ def ramp(p:float, # Progress in [0, 1]
     if start <= 0 or end <= 0: raise ValueError(f"a geometric ramp runs between two positive pressures: got {start} and {end}")
     return start*(end/start)**p
 
-# %% ../nbs/02_pressure.ipynb #0e267bb5
+# %% ../nbs/02_pressure.ipynb #87a5d545
 def adam_damping(
     gamma:float, # Pressure, >= 0
     d:int, # Number of prunable weights
@@ -52,7 +52,7 @@ def adam_damping(
     force = gamma/d
     return force/(force + eps) if force else 0.
 
-# %% ../nbs/02_pressure.ipynb #e0bd42cc
+# %% ../nbs/02_pressure.ipynb #555e5b6c
 MIN_STEPS = 50 # With fewer pruning steps than this, presences say nothing about weights (see the picture below)
 
 def check_reach(
@@ -79,7 +79,7 @@ def presence_lr(
     check_reach(steps, lr, high)
     return lr
 
-# %% ../nbs/02_pressure.ipynb #7efed9d2
+# %% ../nbs/02_pressure.ipynb #7df9d083
 def linear(p:float, # Progress in [0, 1]
     target:float, # Density at the end, in (0, 1]
 )->float: # Planned density, here and below
@@ -98,7 +98,7 @@ def early(p:float, target:float)->float:
     "Fast at first and patient at the end, on the logarithm of density"
     return target**(1 - (1 - p)**4)
 
-# %% ../nbs/02_pressure.ipynb #7f0912b7
+# %% ../nbs/02_pressure.ipynb #bec46a17
 def _planned(e0, epochs, a):
     r = [1.]
     for j in range(1, epochs + 1): r.append(r[-1]*(e0 + (.999 - e0)/(1 + math.exp(-a/epochs*(j - epochs/2)))))
@@ -125,7 +125,7 @@ def authors_trajectory(
     "The Hyperflux authors' trajectory"
     return _authors_plan(target, epochs, a)[min(max(round(p*epochs), 0), epochs)]
 
-# %% ../nbs/02_pressure.ipynb #58ef0900
+# %% ../nbs/02_pressure.ipynb #20eb1811
 @dataclass
 class Plant:
     "A simulated network: log density relaxes to that of the pruning law, min(1, c·γ^-α)"
@@ -182,7 +182,7 @@ def tracking_error(
     es = [math.log(r['density']/r['planned']) for r in rows if r['progress'] >= skip]
     return math.sqrt(sum(e*e for e in es)/len(es))
 
-# %% ../nbs/02_pressure.ipynb #349d5440
+# %% ../nbs/02_pressure.ipynb #dc787f9a
 class _Controller:
     "State as plain floats"
     def state_dict(self)->dict: return {k: float(getattr(self, k)) for k in self.state}
@@ -214,7 +214,7 @@ class AuthorsController(_Controller):
             self.i_plus, self.i_minus = 0., self.i_minus + s/4
         return self.b**1.5
 
-# %% ../nbs/02_pressure.ipynb #2aaf1b29
+# %% ../nbs/02_pressure.ipynb #b4374fe8
 class LogController(_Controller):
     "Control of log density by log pressure: proportional, integral and drift, with feedforward from the pruning law and anti-windup"
     state = 'integral', 'error', 'progress', 'plan', 'drift', 'resting'
@@ -258,7 +258,7 @@ class LogController(_Controller):
         self.resting = e < -.015 and self.rest > -math.inf and (u < self.rest or progress >= .5)
         return 0. if self.resting else math.exp(max(self.low, min(self.high, u)))
 
-# %% ../nbs/02_pressure.ipynb #1650e087
+# %% ../nbs/02_pressure.ipynb #d33ad64e
 @torch.no_grad()
 def land_(
     presence:Tensor, # [n], float32 or float64, changed in place
@@ -286,7 +286,7 @@ def shift_(
     presence.masked_fill_(absent & (presence > -torch.finfo(presence.dtype).tiny), -torch.finfo(presence.dtype).tiny)
     return -float(line)
 
-# %% ../nbs/02_pressure.ipynb #857ba320
+# %% ../nbs/02_pressure.ipynb #2a4676f0
 def nth_largest(
     count:Callable, # x → how many of the numbers are >= x; may ask other processes
     n:int, # Which one: 1 for the largest; at most as many as there are, all of them finite
