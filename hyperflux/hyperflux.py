@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03c_hyperflux.ipynb #d77fbe1c
+# %% ../nbs/03c_hyperflux.ipynb #1169cb80
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -21,7 +21,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 presence_lr)
 from .pruner import check_steps
 
-# %% ../nbs/03c_hyperflux.ipynb #b0577492
+# %% ../nbs/03c_hyperflux.ipynb #7e7e17a2
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -76,7 +76,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03c_hyperflux.ipynb #b5ef518e
+# %% ../nbs/03c_hyperflux.ipynb #c8609bba
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -85,7 +85,7 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03c_hyperflux.ipynb #8664bb7c
+# %% ../nbs/03c_hyperflux.ipynb #a52f33e6
 class Hyperflux(GatedPruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
     def __init__(self,
@@ -121,7 +121,7 @@ class Hyperflux(GatedPruner):
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03c_hyperflux.ipynb #7d590f38
+# %% ../nbs/03c_hyperflux.ipynb #937d6f77
 @patch
 def _move(self:Hyperflux):
     if self.meter: before, flux = self.mask.clone(), self._pull*-self.settings.slope
@@ -142,7 +142,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03c_hyperflux.ipynb #80716f1f
+# %% ../nbs/03c_hyperflux.ipynb #87c295b9
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -211,7 +211,7 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03c_hyperflux.ipynb #92a78f33
+# %% ../nbs/03c_hyperflux.ipynb #f74229ed
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"
