@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'flat_outputs', 'relative_gap', 'random_like', 'Compaction', 'compact']
 
-# %% ../nbs/09_compact.ipynb #e33dc8d9
+# %% ../nbs/09_compact.ipynb #0d4e8e27
 import copy
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import nn
 from .channels import Channels, needed, stand_in
 from .flux import format_table
 
-# %% ../nbs/09_compact.ipynb #be8b82ba
+# %% ../nbs/09_compact.ipynb #867c3e7e
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                             # those that can take a bias if they have none
 
 def _owner(model, name): return model.get_submodule(name.rpartition('.')[0])
@@ -38,7 +38,7 @@ def _fold(model, ch, stay):
                 layer.bias = nn.Parameter(more, requires_grad=w.requires_grad)
                 ch.claims[r.name.removesuffix('weight') + 'bias', 0] = r.out
 
-# %% ../nbs/09_compact.ipynb #5b9ca4e1
+# %% ../nbs/09_compact.ipynb #134e3445
 def _cut(model, ch, stay):
     for name in dict.fromkeys(n for n, _ in ch.claims):
         layer, _, leaf = _owner(model, name), *name.rpartition('.')[1:]
@@ -60,7 +60,7 @@ def _sizes(layer):
     elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None: layer.num_features = len(layer.running_mean)
     elif isinstance(layer, nn.PReLU): layer.num_parameters = w.numel()
 
-# %% ../nbs/09_compact.ipynb #ad139d07
+# %% ../nbs/09_compact.ipynb #b1cd80b7
 def flat_outputs(out)->list: # Tensors
     "All tensors in what a model gives, however packed"
     from torch.utils._pytree import tree_leaves
@@ -92,7 +92,7 @@ def _check(model, small, example):
         gap = max(gap, relative_gap(model(*inputs), small(*inputs)))
     return gap
 
-# %% ../nbs/09_compact.ipynb #8fe1a47c
+# %% ../nbs/09_compact.ipynb #68fbde7d
 @dataclass
 class Compaction:
     "What `compact` took out, and what it had to leave"
@@ -123,7 +123,7 @@ def __repr__(self:Compaction): return self.text()
 @patch
 def _repr_markdown_(self:Compaction): return self.text(markdown=True)
 
-# %% ../nbs/09_compact.ipynb #e09050b1
+# %% ../nbs/09_compact.ipynb #c8263ee1
 def _left(ch, stay):
     "Channels that a layer writes as constants or that its readers do not read, and that stay, with the reason"
     why, rows = {}, []
@@ -132,7 +132,8 @@ def _left(ch, stay):
     reps = {ch.label[r.ids[k]] for r in ch.readers if (k := stand_in(r)) is not None}
     for r in ch.readers:
         dead = ~np.isnan(r.result) & stay[r.out]
-        reasons = [why.get(i, 'stands for all constants behind zero padding' if i in reps else 'is added to a channel that is needed') for i in ch.label[r.out[dead]]]
+        other = 'is the last of its layer' if stay[r.out].sum() == 1 else 'is added to a channel that is needed'
+        reasons = [why.get(i, 'stands for all constants behind zero padding' if i in reps else other) for i in ch.label[r.out[dead]]]
         rows += [dict(name=r.name.removesuffix('.weight'), channels=reasons.count(x), why=x) for x in dict.fromkeys(reasons)]
     return rows
 
@@ -148,7 +149,7 @@ def _attempt(model, example, views):
     rows = [dict(name=n.removesuffix('.weight'), shape=a, shape_after=b, weights=int(np.prod(a)), weights_after=int(np.prod(b))) for n, (a, b) in sizes.items()]
     return small, Compaction(rows, _left(ch, stay), views=views)
 
-# %% ../nbs/09_compact.ipynb #4e6d248d
+# %% ../nbs/09_compact.ipynb #d29605b7
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, or a tuple of inputs
