@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'MAGIC', 'VERSION', 'LIMIT', 'to_bits', 'from_bits', 'to_planes', 'from_planes', 'squeeze', 'one_stream',
            'encode', 'Saved', 'save_sparse', 'read_metadata', 'load_sparse', 'export_onnx']
 
-# %% ../nbs/09b_files.ipynb #244888cc
+# %% ../nbs/09b_files.ipynb #517d243d
 import contextlib, hashlib, io, json, logging, math, struct, warnings, zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from .checkpoint import atomic
 from .flux import format_table
 from .shards import sharded
 
-# %% ../nbs/09b_files.ipynb #b7ee8314
+# %% ../nbs/09b_files.ipynb #a5ad9752
 DTYPES = {n: getattr(torch, n) for n in ('float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 '
                                          'int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool').split()} # What a file can hold
 def to_bits(t:Tensor)->np.ndarray: # [numbers], unsigned
@@ -35,7 +35,7 @@ def to_planes(u:np.ndarray)->np.ndarray: # uint8 [bytes of a number, numbers]
     return u.astype(u.dtype.newbyteorder('<')).view(np.uint8).reshape(len(u), u.itemsize).T
 def from_planes(p:np.ndarray)->np.ndarray: return np.ascontiguousarray(p.T).view(f'<u{len(p)}').astype(f'u{len(p)}').reshape(p.shape[1])
 
-# %% ../nbs/09b_files.ipynb #406fb1b5
+# %% ../nbs/09b_files.ipynb #c6a77b17
 def squeeze(part:bytes)->bytes: # Raw deflate up to a whole byte, to be followed by more
     "The shortest of three: repetitions, Huffman's code alone, runs"
     tries = (zlib.compressobj(9, zlib.DEFLATED, -15, 9, s) for s in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE))
@@ -44,7 +44,7 @@ def one_stream(parts:list[bytes], squeezed:list[bytes])->bytes:
     "zlib's first two bytes, the squeezed parts, an empty last block, Adler's checksum of the parts"
     return b'\x78\xda' + b''.join(squeezed) + b'\x03\x00' + zlib.adler32(b''.join(parts)).to_bytes(4, 'big')
 
-# %% ../nbs/09b_files.ipynb #abf7e675
+# %% ../nbs/09b_files.ipynb #635380eb
 def encode(u:np.ndarray)->tuple: # dense, mask or gaps; where: None, bytes of the mask or planes of the gaps; the values
     "The shortest way to write a tensor, given as bits"
     size = lambda planes: sum(len(squeeze(row.tobytes())) for row in planes)
@@ -56,7 +56,7 @@ def encode(u:np.ndarray)->tuple: # dense, mask or gaps; where: None, bytes of th
     if 2*len(values) >= len(u) and size(to_planes(u)) <= sizes[how] + size(to_planes(values)): return 'dense', None, u
     return how, ways[how], values
 
-# %% ../nbs/09b_files.ipynb #fad4ce21
+# %% ../nbs/09b_files.ipynb #f2893803
 MAGIC, VERSION = b'hyflux', 1
 _HEAD = struct.Struct('<6sHQQ32s')                       # magic, version, length unpacked, length packed, SHA-256 of all the rest
 _TABLE = 8 << 20                                         # most bytes of names, shapes and metadata
@@ -87,7 +87,7 @@ class Saved:
     def __repr__(self): return self.text()
     def _repr_markdown_(self): return self.text(markdown=True)
 
-# %% ../nbs/09b_files.ipynb #623e6512
+# %% ../nbs/09b_files.ipynb #d4741727
 def save_sparse(
     model, # An `nn.Module`, or a dict of name → tensor
     path, # The file to write; it takes its place when it is whole
@@ -137,7 +137,7 @@ def _parts(planes, known):
     name = lambda k, i: k if 'float' not in k else f'{k} exponents' if i == len(planes[k]) - 1 else f'{k} mantissas'
     return [('names and shapes', len(table).to_bytes(8, 'little') + table)] + [(name(k, i), row.tobytes()) for k in entries for i, row in enumerate(planes[k])]
 
-# %% ../nbs/09b_files.ipynb #0b473047
+# %% ../nbs/09b_files.ipynb #ea2c8d44
 LIMIT = 8 << 30                                          # bytes of dense weights that a file may ask for, unless said otherwise
 _AGAIN, _TRUST = "copy it again from where it came", "if you trust it, give a larger limit"
 def _hostile(path, says): return ValueError(f"{path} {says}. Its checksum is right, so that it was made like this, and not by save_sparse: do not trust it")
@@ -171,7 +171,7 @@ def _table(path, raw):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _hostile(path, f"has no table of tensors ({type(e).__name__})") from e
     return entries, about, rows, 8 + n
 
-# %% ../nbs/09b_files.ipynb #8254218b
+# %% ../nbs/09b_files.ipynb #05254b0b
 def _plan(path, rows, limit):
     "The shapes of the streams that these rows need, once each is checked"
     names, total, need = set(), 0, {}
@@ -216,7 +216,7 @@ def _tensors(path, limit):
         state[name] = from_bits(u, DTYPES[dtype]).reshape(shape)
     return state, about
 
-# %% ../nbs/09b_files.ipynb #8547d89a
+# %% ../nbs/09b_files.ipynb #0b9c480e
 def read_metadata(path, limit:int=LIMIT)->dict: # hyperflux (its version), architecture, sparsity of the tensors with two dimensions or more, what was given
     "What a file says of the network in it"
     return _table(path, _unpack(path, limit))[1]
@@ -239,7 +239,7 @@ def load_sparse(
     plain.load_state_dict(state)
     return model
 
-# %% ../nbs/09b_files.ipynb #ebe33f05
+# %% ../nbs/09b_files.ipynb #01debe6c
 @contextlib.contextmanager
 def _evaluating(model):
     "In evaluation mode and without a word, since what goes wrong comes as an exception; then each module is in its own mode again"
