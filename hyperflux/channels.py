@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['classes', 'graph_of', 'Channels', 'stand_in', 'needed']
 
-# %% ../nbs/09_channels.ipynb #3d4bce27
+# %% ../nbs/09_channels.ipynb #a32b3681
 import contextlib, io, warnings
 
 import numpy as np, torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from .rules import RULES, Reader, Value, Weight
 
-# %% ../nbs/09_channels.ipynb #1d1bc976
+# %% ../nbs/09_channels.ipynb #353a1b5b
 def classes(n, # Number of variables
     a, b, # Pairs that were made equal
 )->np.ndarray: # For each variable the smallest of its class
@@ -26,7 +26,7 @@ def classes(n, # Number of variables
         label = label[label]
         if (label == before).all(): return label
 
-# %% ../nbs/09_channels.ipynb #ae5c2bd0
+# %% ../nbs/09_channels.ipynb #e2c7b6df
 def graph_of(model:nn.Module, # In eval mode afterwards as before
     example, # Input, or a tuple of inputs
 )->tuple: # Nodes of the graph; names of parameters and buffers by placeholder
@@ -46,7 +46,7 @@ def graph_of(model:nn.Module, # In eval mode afterwards as before
     s = program.graph_signature
     return list(program.graph.nodes), s.inputs_to_parameters | s.inputs_to_buffers
 
-# %% ../nbs/09_channels.ipynb #76d2d3b3
+# %% ../nbs/09_channels.ipynb #7b2d193f
 class Channels:
     "What a network's operations say of its channels"
     def __init__(self, model:nn.Module, example, views:bool=True):
@@ -93,7 +93,7 @@ class Channels:
         result = rule(self, node, *node.args, **node.kwargs) if rule else None
         return self.pin(f'is read by {name}', *node.all_input_nodes) if result is None else result
 
-# %% ../nbs/09_channels.ipynb #48887783
+# %% ../nbs/09_channels.ipynb #0d44da20
 def stand_in(reader:Reader)->int|None: # Column of the constant channel that stays for all
     "Of a padded reader"
     c = np.nan_to_num(reader.const)

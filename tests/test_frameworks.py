@@ -143,18 +143,18 @@ def test_accelerate_overflow(accelerator, first):
     from accelerate.optimizer import AcceleratedOptimizer
     model, x, y = network(), xs[:90], ys[:90]
     opt = adamw(model)
-    make = lambda: Hyperflux(model, opt, sparsity=.9, steps=150)
+    make = lambda: Hyperflux(model, opt, sparsity=.9, steps=400)
     if first: p = make()
     wrapped = AcceleratedOptimizer(opt, scaler=torch.amp.GradScaler('cpu', init_scale=2.**8))   # with fp16 on a GPU, prepare does this
     if not first: p = make()
     skipped = 0
-    for i in range(150):
+    for i in range(400):
         wrapped.scaler.scale(loss(model(x), y)).backward()
         if i % 50 == 20: model[4].weight.grad[0, 0] = torch.inf
         wrapped.step()
         wrapped.zero_grad()
         skipped += wrapped.step_was_skipped
-    assert skipped == 3 and p.step == 147 and p.stage == 'settle' and acc.sync_gradients
+    assert skipped == 8 and p.step == 392 and p.stage == 'settle' and acc.sync_gradients
     assert p.left == keep == sum(int(w.count_nonzero()) for w in p.params)
 
 

@@ -269,7 +269,7 @@ def lives_with_others(world):
         runs.append(Hyperflux(model, opt, sparsity=.9, steps=100, compile=bool(runs)))      # and a compiled update
         train(model, opt, 100, batches(xs, ys, 32))
     p, q = runs
-    assert q.names == ['a.weight', 'head.weight'] and q.left == q.keep and q._count == 75
+    assert q.names == ['a.weight', 'head.weight'] and q.left == q.keep and 0 < q._count <= 75        # fewer where presences rested
     assert (p.mask != whole(q, q.mask)).sum() <= 4
 
 
