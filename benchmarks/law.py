@@ -58,14 +58,13 @@ def conv(run, out, smoke):
 
 
 def converge(run, out, smoke):
-    adam, kinds = functools.partial(Settings, lr=1e-3), {}
-    for name, settings, dense in ('trained first', adam(), 10), ('low start', adam(low=.05, high=.1), 0), ('high start', adam(low=1., high=1.), 0), \
-                                 ('slow', adam(lr=3e-4), 0), ('fast', adam(lr=3e-3), 0): kinds[name] = settings, dense, (4.,)
-    kinds['gradient descent'] = Settings(sgd=True, lr=1e-3, low=2e-4, high=2e-4), 0, (4.,)
-    jobs = {(name, g): (under_pressure, (config(dense=min(dense, 1) if smoke else dense, **tiny(smoke)), g), dict(settings=s)) for name, (s, dense, gammas) in kinds.items() for g in gammas[:1 if smoke else None] if not smoke or name in ('trained first', 'gradient descent')}
-    results = run(list(jobs.values()))
-    for (name, _), r in zip(jobs, results):
-        if 'row' in r: r['row'] = dict(kind=name, **r['row'])
+    adam, gamma = functools.partial(Settings, lr=1e-3), 4.
+    kinds = {'trained first': (adam(), 10), 'low start': (adam(low=.05, high=.1), 0), 'high start': (adam(low=1., high=1.), 0), 'slow': (adam(lr=3e-4), 0), 'fast': (adam(lr=3e-3), 0),
+             'gradient descent': (Settings(sgd=True, lr=1e-3, low=2e-4, high=2e-4), 0)}
+    if smoke: kinds = {k: (kinds[k][0], min(kinds[k][1], 1)) for k in ('trained first', 'gradient descent')}
+    results = run([(under_pressure, (config(dense=dense, **tiny(smoke)), gamma), dict(settings=s)) for s, dense in kinds.values()])
+    for kind, r in zip(kinds, results):
+        if 'row' in r: r['row'] = dict(kind=kind, **r['row'])
     return results
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'flat_outputs', 'relative_gap', 'random_like', 'Compaction', 'compact']
 
-# %% ../nbs/09_compact.ipynb #0d4e8e27
+# %% ../nbs/09_compact.ipynb #47866e0c
 import copy
 from dataclasses import dataclass, field
 
@@ -13,10 +13,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
-from .channels import Channels, needed, stand_in
+from .channels import Channels, evaluating, needed, stand_in
 from .flux import format_table
 
-# %% ../nbs/09_compact.ipynb #867c3e7e
+# %% ../nbs/09_compact.ipynb #576d4056
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                             # those that can take a bias if they have none
 
 def _owner(model, name): return model.get_submodule(name.rpartition('.')[0])
@@ -38,10 +38,10 @@ def _fold(model, ch, stay):
                 layer.bias = nn.Parameter(more, requires_grad=w.requires_grad)
                 ch.claims[r.name.removesuffix('weight') + 'bias', 0] = r.out
 
-# %% ../nbs/09_compact.ipynb #134e3445
+# %% ../nbs/09_compact.ipynb #fd26d9f1
 def _cut(model, ch, stay):
     for name in dict.fromkeys(n for n, _ in ch.claims):
-        layer, _, leaf = _owner(model, name), *name.rpartition('.')[1:]
+        layer, leaf = _owner(model, name), name.rpartition('.')[2]
         t = old = getattr(layer, leaf)
         for d in range(t.ndim):
             ids = ch.claims.get((name, d))
@@ -60,7 +60,7 @@ def _sizes(layer):
     elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None: layer.num_features = len(layer.running_mean)
     elif isinstance(layer, nn.PReLU): layer.num_parameters = w.numel()
 
-# %% ../nbs/09_compact.ipynb #b1cd80b7
+# %% ../nbs/09_compact.ipynb #90968479
 def flat_outputs(out)->list: # Tensors
     "All tensors in what a model gives, however packed"
     from torch.utils._pytree import tree_leaves
@@ -92,7 +92,7 @@ def _check(model, small, example):
         gap = max(gap, relative_gap(model(*inputs), small(*inputs)))
     return gap
 
-# %% ../nbs/09_compact.ipynb #68fbde7d
+# %% ../nbs/09_compact.ipynb #603d2bcc
 @dataclass
 class Compaction:
     "What `compact` took out, and what it had to leave"
@@ -123,7 +123,7 @@ def __repr__(self:Compaction): return self.text()
 @patch
 def _repr_markdown_(self:Compaction): return self.text(markdown=True)
 
-# %% ../nbs/09_compact.ipynb #c8263ee1
+# %% ../nbs/09_compact.ipynb #7460adc7
 def _left(ch, stay):
     "Channels that a layer writes as constants or that its readers do not read, and that stay, with the reason"
     why, rows = {}, []
@@ -149,7 +149,7 @@ def _attempt(model, example, views):
     rows = [dict(name=n.removesuffix('.weight'), shape=a, shape_after=b, weights=int(np.prod(a)), weights_after=int(np.prod(b))) for n, (a, b) in sizes.items()]
     return small, Compaction(rows, _left(ch, stay), views=views)
 
-# %% ../nbs/09_compact.ipynb #d29605b7
+# %% ../nbs/09_compact.ipynb #08f8ea2e
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, or a tuple of inputs
@@ -158,12 +158,9 @@ def compact(
     "Takes out all channels that nobody needs; equal to the model in eval mode, and checked"
     example = example if isinstance(example, tuple) else (example,)
     if not any(isinstance(x, torch.Tensor) and x.numel() for x in example): raise ValueError(f"example is an input of the model, with at least one sample: got {example!r:.80}")
-    modes = {m: m.training for m in model.modules()}
     trouble = []
-    try:
-        model.eval()
-        with torch.no_grad():
-            if not all(o.isfinite().all() for o in flat_outputs(model(*example))): raise ValueError("the model gives NaN or infinity on the example: there is nothing to compare with")
+    with evaluating(model):
+        if not all(o.isfinite().all() for o in flat_outputs(model(*example))): raise ValueError("the model gives NaN or infinity on the example: there is nothing to compare with")
         for views in (True, False):
             small, report = _attempt(model, example, views)
             try: report.gap = _check(model, small, example)
@@ -171,6 +168,4 @@ def compact(
             else:
                 if report.gap <= tolerance: return small, report
                 trouble.append(f'outputs differ by {report.gap:.1e} of the largest, and {tolerance:g} is allowed')
-    finally:
-        for m, mode in modes.items(): m.training = mode
     raise RuntimeError("the smaller network does not agree with the model, so there is none: " + '; with reshaped channels left alone: '.join(trouble))

@@ -6,8 +6,8 @@
 __all__ = ['DTYPES', 'MAGIC', 'VERSION', 'LIMIT', 'to_bits', 'from_bits', 'to_planes', 'from_planes', 'squeeze', 'one_stream',
            'encode', 'Saved', 'save_sparse', 'read_metadata', 'load_sparse', 'export_onnx']
 
-# %% ../nbs/09b_files.ipynb #517d243d
-import contextlib, hashlib, io, json, logging, math, struct, warnings, zlib
+# %% ../nbs/09b_files.ipynb #2523c9b2
+import hashlib, json, math, struct, zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ import numpy as np, torch
 from torch import Tensor, nn
 
 from . import __version__
+from .channels import evaluating
 from .checkpoint import atomic
 from .flux import format_table
 from .shards import sharded
 
-# %% ../nbs/09b_files.ipynb #a5ad9752
+# %% ../nbs/09b_files.ipynb #6db79322
 DTYPES = {n: getattr(torch, n) for n in ('float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 '
                                          'int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool').split()} # What a file can hold
 def to_bits(t:Tensor)->np.ndarray: # [numbers], unsigned
@@ -35,7 +36,7 @@ def to_planes(u:np.ndarray)->np.ndarray: # uint8 [bytes of a number, numbers]
     return u.astype(u.dtype.newbyteorder('<')).view(np.uint8).reshape(len(u), u.itemsize).T
 def from_planes(p:np.ndarray)->np.ndarray: return np.ascontiguousarray(p.T).view(f'<u{len(p)}').astype(f'u{len(p)}').reshape(p.shape[1])
 
-# %% ../nbs/09b_files.ipynb #c6a77b17
+# %% ../nbs/09b_files.ipynb #6001bfa0
 def squeeze(part:bytes)->bytes: # Raw deflate up to a whole byte, to be followed by more
     "The shortest of three: repetitions, Huffman's code alone, runs"
     tries = (zlib.compressobj(9, zlib.DEFLATED, -15, 9, s) for s in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE))
@@ -44,7 +45,7 @@ def one_stream(parts:list[bytes], squeezed:list[bytes])->bytes:
     "zlib's first two bytes, the squeezed parts, an empty last block, Adler's checksum of the parts"
     return b'\x78\xda' + b''.join(squeezed) + b'\x03\x00' + zlib.adler32(b''.join(parts)).to_bytes(4, 'big')
 
-# %% ../nbs/09b_files.ipynb #635380eb
+# %% ../nbs/09b_files.ipynb #d239f7ec
 def encode(u:np.ndarray)->tuple: # dense, mask or gaps; where: None, bytes of the mask or planes of the gaps; the values
     "The shortest way to write a tensor, given as bits"
     size = lambda planes: sum(len(squeeze(row.tobytes())) for row in planes)
@@ -56,7 +57,7 @@ def encode(u:np.ndarray)->tuple: # dense, mask or gaps; where: None, bytes of th
     if 2*len(values) >= len(u) and size(to_planes(u)) <= sizes[how] + size(to_planes(values)): return 'dense', None, u
     return how, ways[how], values
 
-# %% ../nbs/09b_files.ipynb #f2893803
+# %% ../nbs/09b_files.ipynb #a1cd7271
 MAGIC, VERSION = b'hyflux', 1
 _HEAD = struct.Struct('<6sHQQ32s')                       # magic, version, length unpacked, length packed, SHA-256 of all the rest
 _TABLE = 8 << 20                                         # most bytes of names, shapes and metadata
@@ -87,7 +88,7 @@ class Saved:
     def __repr__(self): return self.text()
     def _repr_markdown_(self): return self.text(markdown=True)
 
-# %% ../nbs/09b_files.ipynb #d4741727
+# %% ../nbs/09b_files.ipynb #a7303ec9
 def save_sparse(
     model, # An `nn.Module`, or a dict of name → tensor
     path, # The file to write; it takes its place when it is whole
@@ -137,7 +138,7 @@ def _parts(planes, known):
     name = lambda k, i: k if 'float' not in k else f'{k} exponents' if i == len(planes[k]) - 1 else f'{k} mantissas'
     return [('names and shapes', len(table).to_bytes(8, 'little') + table)] + [(name(k, i), row.tobytes()) for k in entries for i, row in enumerate(planes[k])]
 
-# %% ../nbs/09b_files.ipynb #ea2c8d44
+# %% ../nbs/09b_files.ipynb #748dae8f
 LIMIT = 8 << 30                                          # bytes of dense weights that a file may ask for, unless said otherwise
 _AGAIN, _TRUST = "copy it again from where it came", "if you trust it, give a larger limit"
 def _hostile(path, says): return ValueError(f"{path} {says}. Its checksum is right, so that it was made like this, and not by save_sparse: do not trust it")
@@ -171,7 +172,7 @@ def _table(path, raw):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _hostile(path, f"has no table of tensors ({type(e).__name__})") from e
     return entries, about, rows, 8 + n
 
-# %% ../nbs/09b_files.ipynb #05254b0b
+# %% ../nbs/09b_files.ipynb #7f0aea88
 def _plan(path, rows, limit):
     "The shapes of the streams that these rows need, once each is checked"
     names, total, need = set(), 0, {}
@@ -216,7 +217,7 @@ def _tensors(path, limit):
         state[name] = from_bits(u, DTYPES[dtype]).reshape(shape)
     return state, about
 
-# %% ../nbs/09b_files.ipynb #0b9c480e
+# %% ../nbs/09b_files.ipynb #40d649cc
 def read_metadata(path, limit:int=LIMIT)->dict: # hyperflux (its version), architecture, sparsity of the tensors with two dimensions or more, what was given
     "What a file says of the network in it"
     return _table(path, _unpack(path, limit))[1]
@@ -239,20 +240,7 @@ def load_sparse(
     plain.load_state_dict(state)
     return model
 
-# %% ../nbs/09b_files.ipynb #01debe6c
-@contextlib.contextmanager
-def _evaluating(model):
-    "In evaluation mode and without a word, since what goes wrong comes as an exception; then each module is in its own mode again"
-    modes, was = {m: m.training for m in model.modules()}, logging.root.manager.disable
-    try:
-        logging.disable(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter('ignore')
-            yield model.eval()
-    finally:
-        logging.disable(was)
-        for m, mode in modes.items(): m.training = mode
-
+# %% ../nbs/09b_files.ipynb #04926eff
 def export_onnx(
     model:nn.Module, # Left as it is, in its mode too
     example, # A batch it takes: a tensor with the batch first, or a tuple of them
@@ -267,7 +255,7 @@ def export_onnx(
         raise ValueError(f"the example is a batch, or a tuple of them: got {', '.join(f'a tensor of shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__ for x in args) or 'nothing'}")
     for dynamic in True, False:
         try:
-            with _evaluating(model): data, error = _exported(model, args, dynamic, tol)
+            with evaluating(model): data, error = _exported(model, args, dynamic, tol)
         except Exception as e:                                                # an exporter can fail in any way: what was wrong in the first place?
             while e.__cause__ is not None: e = e.__cause__
             why.append((str(e).strip() or type(e).__name__).splitlines()[0][:200]); continue
