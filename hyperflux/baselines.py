@@ -17,7 +17,6 @@ from fastcore.basics import patch
 
 from .pressure import check_sparsity, cubic, land_, linear
 from .pruner import Pruner, check_steps
-from .shards import sharded
 
 # %% ../nbs/07_baselines.ipynb #64c44789
 def top(
@@ -58,6 +57,7 @@ def _wanted(sparsity):
 class Baseline(Pruner):
     "A score says which weights stay, a schedule how many"
     schedule:Callable = staticmethod(at_once)                               # planned density, of (progress in the span, target)
+    whole_weights = True                                                    # or there would be nothing to rank
     def __init__(self,
         model:nn.Module, # Stays a plain module
         optimizer:torch.optim.Optimizer, # Any that takes one gradient a step
@@ -70,7 +70,6 @@ class Baseline(Pruner):
         updates:int=100, # How often masks are renewed in the span
     ):
         _wanted(sparsity)
-        if any(map(sharded, model.parameters())): raise ValueError(f"{type(self).__name__} ranks whole weights, and these are cut by fully_shard: use DDP")
         if not 0 <= span[0] <= span[1] <= 1: raise ValueError(f"span gives two shares of the run, 0 <= begin <= end <= 1: got {span}")
         if not (isinstance(updates, int) and updates > 0): raise ValueError(f"updates counts how often masks are renewed, 1 or more: got {updates!r}")
         check_steps(steps)

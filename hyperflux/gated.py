@@ -20,6 +20,7 @@ from .shards import reshard
 class GatedPruner(Pruner):
     "A pruner whose weights have a gate each, with a parameter that Adam trains; methods say in `_move` what the gate is"
     planned = None                                                              # the density wanted by now, for methods that have a plan
+    remembers = ()                                                              # names of the tensors, generators and numbers that a method needs beyond these, to go on from a state
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·z
         optimizer:torch.optim.Optimizer, # Trains ω; any that takes one gradient a step
@@ -112,6 +113,15 @@ def _restore(self:GatedPruner, gates=None):
     torch._foreach_mul_(self._local, gates or self._gates)
 
 @patch
+@torch.no_grad()
+def apply_mask(self:GatedPruner,
+    model:nn.Module|None=None, # Another model with the same parameters, such as an average of weights; None: this one
+):
+    "Zeroes the absent weights; while gates move, this model gets its ω·z, and what somebody else wrote into it becomes ω"
+    if model is not None or self.frozen: Pruner.apply_mask(self, model)
+    elif not self._lent: self._resync()
+
+@patch
 @contextmanager
 def lent(self:GatedPruner,
     gates:Tensor, # Flat, in the order of `mask`
@@ -146,14 +156,19 @@ def _note(self:GatedPruner, stage, **more):
 
 @patch
 def state_dict(self:GatedPruner)->dict: # Tensors, numbers and strings only
-    "All that is needed to go on from here, of this process's part; methods add their gates"
+    "All that is needed to go on from here, of this process's part"
     self._adopt()
+    own = {k: v.get_state() if isinstance(v := getattr(self, k), torch.Generator) else v for k in self.remembers}
     return dict(Pruner.state_dict(self), value=self.value, moments=list(self._moments), counts=[n.item() for n in self._steps], lr=self.gate_optimizer.param_groups[0]['lr'], gamma=self.gamma,
-                landed=self.landed, history=list(self.history), controller=self.controller and self.controller.state_dict())
+                landed=self.landed, history=list(self.history), controller=self.controller and self.controller.state_dict(), **own)
 
 @patch
 def _load(self:GatedPruner, state):
     for mine, theirs in zip((self.value, *self._moments), (state['value'], *state['moments'])): mine.copy_(theirs)
+    for k in self.remembers:
+        if torch.is_tensor(mine := getattr(self, k)): mine.copy_(state[k])
+        elif isinstance(mine, torch.Generator): mine.set_state(state[k].cpu())
+        else: setattr(self, k, state[k])
     for mine, n in zip(self._steps, state['counts']): mine.fill_(n)
     self.gate_optimizer.param_groups[0]['lr'] = state['lr']
     self.gamma, self.landed, self.history = state['gamma'], state['landed'], list(state['history'])

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'Method', 'first_images', 'method', 'check_shared', 'metho
 # %% ../nbs/07d_methods.ipynb #251bc868
 import difflib
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from .baselines import GMP, IMP, LayerMagnitude, Magnitude, Progressive, Random, imp_levels
 from .flux import format_table
 from .hyperflux import Hyperflux
-from .l0 import L0
+from .l0 import L0, check_noisy
 from .models import imported
 from .saliency import GraSP, RigL, SNIP, Taylor
 from .spectrum import MarchenkoPastur
@@ -55,7 +54,7 @@ def first_images(
 def _possible(config, steps): config.settings().plan(steps, config.sparsity)
 def _trains(config, steps):
     if steps < config.trainings: raise ValueError(f"{config.trainings} trainings have to share {steps} steps: train for more epochs, or ask for a lower sparsity")
-def _noisy(config, steps): L0._plan(SimpleNamespace(span=(0, config.share), travel=1.), steps)
+def _noisy(config, steps): check_noisy(round(config.share*steps))
 def _moves(config, steps):
     if round(.75*steps) <= RigL.every: raise ValueError(f"RigL moves weights every {RigL.every} steps, and has {round(.75*steps)} to do so: train for more epochs, or take smaller batches")
 

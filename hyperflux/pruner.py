@@ -79,6 +79,7 @@ def _check_optimizer(optimizer, weights):
 # %% ../nbs/03_pruner.ipynb #46d1c8a6
 class Pruner:
     "Keeps a mask on chosen weights while any optimiser trains them; methods subclass it"
+    whole_weights = False                                                # whether a method can do nothing with a part of a weight
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ, the masked weights
         optimizer:torch.optim.Optimizer, # Any that takes one gradient a step
@@ -93,6 +94,7 @@ class Pruner:
         reshard(model)
         weights = select(model, targets, ignore)
         _check_optimizer(optimizer, weights)
+        if self.whole_weights and any(map(sharded, weights.values())): raise ValueError(f"{type(self).__name__} works on whole weights, and these are cut by fully_shard: use DDP, or a method that works on parts, such as Hyperflux")
         self.model, self.optimizer, self.steps, self.step = model, optimizer, steps, 0
         self.names, self.params = list(weights), list(weights.values())
         self.shards, self.d = Shards(self.params), sum(p.numel() for p in self.params)

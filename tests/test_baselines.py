@@ -954,7 +954,7 @@ def together(world):
     from torch.distributed.fsdp import fully_shard
     model = fully_shard(mlp(), mesh=init_device_mesh('cpu', (2,)))
     for kind in METHODS:
-        with refuses(f'{kind.__name__} ranks whole weights, and these are cut by fully_shard: use DDP'): make(kind, model, sgd(model))
+        with refuses(f'{kind.__name__} works on whole weights, and these are cut by fully_shard: use DDP'): make(kind, model, sgd(model))
 
 
 if __name__ == '__main__':
