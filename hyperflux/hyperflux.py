@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'authors', 'gate_update', 'Hyperflux']
 
-# %% ../nbs/03c_hyperflux.ipynb #1169cb80
+# %% ../nbs/03c_hyperflux.ipynb #d5ebde4d
 import functools, math, warnings
 from dataclasses import dataclass
 from typing import Callable
@@ -21,7 +21,7 @@ from .pressure import (AuthorsController, LogController, authors_trajectory, che
                                 presence_lr)
 from .pruner import check_steps
 
-# %% ../nbs/03c_hyperflux.ipynb #7e7e17a2
+# %% ../nbs/03c_hyperflux.ipynb #6d43ae20
 @dataclass(frozen=True)
 class Settings:
     "How gates move; all lengths are shares of the run, so that short and long runs behave alike"
@@ -76,7 +76,7 @@ def authors(
                     controller=functools.partial(AuthorsController, step), updates=epochs + regrow, lr=1e-3, regrow_lr=regrow_lr,
                     regrow_decay=decay**regrow, eps=1e-8, exact=False)
 
-# %% ../nbs/03c_hyperflux.ipynb #c8609bba
+# %% ../nbs/03c_hyperflux.ipynb #92c97fc6
 def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
     g = pull*slope + pressure
@@ -85,9 +85,10 @@ def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, 
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)
     mask.copy_(t >= 0)
 
-# %% ../nbs/03c_hyperflux.ipynb #a52f33e6
+# %% ../nbs/03c_hyperflux.ipynb #22343b8e
 class Hyperflux(GatedPruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` within `steps`, regrows, and lands exactly"
+    remembers = 'presence',
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·H(t)
         optimizer:torch.optim.Optimizer, # Trains ω; any that takes one gradient a step
@@ -121,14 +122,15 @@ class Hyperflux(GatedPruner):
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
-# %% ../nbs/03c_hyperflux.ipynb #937d6f77
+# %% ../nbs/03c_hyperflux.ipynb #d276ff81
 @patch
 def _move(self:Hyperflux):
     if self.meter: before, flux = self.mask.clone(), self._pull*-self.settings.slope
     if self.meter and self._skip is not None: flux.masked_fill_(self._skip.bool(), 0.)   # a skipped step has no flux
     if self._missing or self._skip is not None: self._count = None              # from now on gates differ in their number of steps
-    if self._compiled and self._count is not None and not self.resting: self._compiled_step()
-    elif not self.resting:
+    if self.resting: pass                                                       # presences and mask stand still
+    elif self._compiled and self._count is not None: self._compiled_step()
+    else:
         self._pull.mul_(self.settings.slope).add_(self.gamma/self.d)            # ∂/∂t = c·ω·g + γ/d
         self._step_gates()
         torch.ge(self.presence, 0, out=self.mask)
@@ -142,7 +144,7 @@ def _compiled_step(self:Hyperflux):
     self._compiled(self._pull, self.presence, *self._moments, self.mask, *self._scalars, self.settings.slope, b1, b2, group['eps'])
     torch._foreach_add_(self._steps, 1)
 
-# %% ../nbs/03c_hyperflux.ipynb #87c295b9
+# %% ../nbs/03c_hyperflux.ipynb #ec03417b
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
@@ -182,6 +184,7 @@ def _steer(self:Hyperflux):
     if self.step < self._prune_end:
         progress = self.step/self._prune_end
         self.gamma = self._pressure(progress) if self._pressure else self.controller(self.history[-1]['density'], self.planned, progress)
+        if self.resting: self._moments[0].zero_()                               # or the momentum of the fall would go on after the rest
     else:
         span = max(self._settle_at - self._prune_end, 1)
         lr = S.regrow_travel/span if S.regrow_lr is None else S.regrow_lr
@@ -211,15 +214,14 @@ def land(self:Hyperflux):
     self._waterline(self.keep)
     self.landed = True
 
-# %% ../nbs/03c_hyperflux.ipynb #f74229ed
+# %% ../nbs/03c_hyperflux.ipynb #715dc6f9
 @patch
 def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"
-    return dict(GatedPruner.state_dict(self), presence=self.presence, count=self._count, meter=self.meter and self.meter.state_dict())
+    return dict(GatedPruner.state_dict(self), count=self._count, meter=self.meter and self.meter.state_dict())
 
 @patch
 def _load(self:Hyperflux, state):
-    self.presence.copy_(state['presence'])
     self._count = state['count']
     self._prune_end, self._settle_at, _ = self.settings.plan(self.steps)
     if self.meter and state['meter']: self.meter.load_state_dict(state['meter'])

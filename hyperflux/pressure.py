@@ -217,7 +217,7 @@ class AuthorsController(_Controller):
 # %% ../nbs/02_pressure.ipynb #b4374fe8
 class LogController(_Controller):
     "Control of log density by log pressure: proportional, integral and drift, with feedforward from the pruning law and anti-windup"
-    state = 'integral', 'error', 'progress', 'plan', 'drift', 'resting'
+    state = 'integral', 'error', 'progress', 'plan', 'drift', 'last', 'resting'
     def __init__(self,
         kp:float=10., # e-foldings of pressure for one e-folding of density above plan
         ki:float=60., # The same, for that error held during the whole run
@@ -227,13 +227,15 @@ class LogController(_Controller):
         start:float=math.exp(-5), # First pressure
         low:float=math.exp(-14), # Lowest pressure, > 0
         high:float=1e3, # Highest: an overshoot must not empty the network, from which there is no way back
-        rest:float=math.exp(-7), # Where density is 1.5 % under plan, the answer is 0 below this pressure, and in the second half at any; 0: never
+        rest:float=math.exp(-7), # Under plan, presences rest below this pressure, and in the second half at any; 0: never
+        slack:float=.005, # How far under plan, as a share of it
     ):
         if not 0 < low <= start <= high: raise ValueError(f"pressures: 0 < low <= start <= high, got low={low:g}, start={start:g}, high={high:g}")
         self.kp, self.ki, self.kd, self.alpha, self.lead, self.start = kp, ki, kd, alpha, lead, math.log(start)
         self.low, self.high, self.rest = math.log(low), math.log(high), math.log(rest) if rest > 0 else -math.inf
+        self.slack = slack
         self.first = start # Pressure before the first question
-        self.integral = self.error = self.progress = self.plan = self.drift = 0.
+        self.integral = self.error = self.progress = self.plan = self.drift = self.last = 0.
         self.resting = False # Whether the last answer was: let presences rest
 
     def __call__(self,
@@ -255,7 +257,9 @@ class LogController(_Controller):
         if wound: self.drift = 0.                                               # anti-windup
         else: self.integral, self.drift = integral, drift
         self.progress, self.plan = progress, plan
-        self.resting = e < -.015 and self.rest > -math.inf and (u < self.rest or progress >= .5)
+        late, fall = progress >= .5, min(0., e - self.last)
+        self.last = e
+        self.resting = self.rest > -math.inf and (e + fall < -self.slack if late else e < -self.slack and u < self.rest)
         return 0. if self.resting else math.exp(max(self.low, min(self.high, u)))
 
 # %% ../nbs/02_pressure.ipynb #d33ad64e
