@@ -4,7 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'VIOLET', 'BROWN', 'PINK', 'GREY', 'YELLOW', 'SKY', 'COLORS', 'METHODS', 'STAGES',
-           'house_style', 'sparsity_axis', 'shade_stages']
+           'house_style', 'sparsity_axis', 'shade_stages', 'figure_rows', 'write_numbers']
+
+# %% ../nbs/08a_plots.ipynb #fc8b0409
+import csv
+
+from .checkpoint import atomic
 
 # %% ../nbs/08a_plots.ipynb #e015d8b8
 def house_style(
@@ -50,3 +55,37 @@ def shade_stages(ax,
         begin = r['epoch']
     ax.set(xlim=(history[0]['epoch'] - 1, history[-1]['epoch']), xlabel='epoch')
     return ax
+
+# %% ../nbs/08a_plots.ipynb #b59764b7
+def figure_rows(fig, # A matplotlib figure, drawn
+)->list[dict]: # panel, series, kind, x, y; for bars and bands x_end, y_end; for pictures value
+    "The numbers that a figure shows"
+    from matplotlib import collections as mc, patches as mp
+    rows = []
+    for ax in fig.axes:
+        if ax.get_label() == '<colorbar>': continue
+        panel, in_bars = ax.get_title() or f'{ax.get_ylabel()} against {ax.get_xlabel()}', {id(p): c.get_label() for c in ax.containers for p in c if isinstance(p, mp.Patch)}
+        def add(kind, series, points, names=('x', 'y')):
+            series = '' if str(series).startswith('_') else series
+            rows.extend(dict(panel=panel, series=series, kind=kind, **{n: float(f'{float(v):.5g}') for n, v in zip(names, point)}) for point in points)
+        for line in ax.lines: add('line', line.get_label(), zip(*line.get_data()))
+        for p in ax.patches:
+            if isinstance(p, mp.Rectangle): add('bar', in_bars.get(id(p), p.get_label()), [(p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height())], ('x', 'y', 'x_end', 'y_end'))
+            else: add('outline', p.get_label(), p.get_path().vertices)
+        for c in ax.collections:
+            if isinstance(c, mc.QuadMesh): add('picture', c.get_label(), _pixels(c.get_array()), ('x', 'y', 'value'))
+            elif isinstance(c, mc.PathCollection): add('point', c.get_label(), c.get_offsets())
+            else: add('outline', c.get_label(), [v for path in c.get_paths() for v in path.vertices])
+        for im in ax.images: add('picture', im.get_label(), _pixels(im.get_array()), ('x', 'y', 'value'))
+    return rows
+
+def _pixels(a): return [(x, y, v) for y, row in enumerate(a.reshape(a.shape[0], -1)) for x, v in enumerate(row)]
+
+def write_numbers(fig, # A matplotlib figure, drawn
+    path, # The CSV file
+):
+    "The numbers of a figure, as a table"
+    with atomic(path, 'w') as f:
+        w = csv.DictWriter(f, ('panel', 'series', 'kind', 'x', 'y', 'x_end', 'y_end', 'value'), lineterminator='\n')
+        w.writeheader()
+        w.writerows(figure_rows(fig))
