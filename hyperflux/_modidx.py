@@ -138,6 +138,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'hyperflux/comparison.py'),
                                       'hyperflux.comparison.Comparison._repr_markdown_': ( 'comparison.html#comparison._repr_markdown_',
                                                                                            'hyperflux/comparison.py'),
+                                      'hyperflux.comparison.Comparison.merged': ( 'comparison.html#comparison.merged',
+                                                                                  'hyperflux/comparison.py'),
                                       'hyperflux.comparison.Comparison.plot': ( 'comparison.html#comparison.plot',
                                                                                 'hyperflux/comparison.py'),
                                       'hyperflux.comparison.Comparison.run': ('comparison.html#comparison.run', 'hyperflux/comparison.py'),

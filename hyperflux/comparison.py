@@ -236,3 +236,18 @@ def read_comparison(
         with open(f'{stem}_{table}.csv', newline='', encoding='utf-8') as f:
             return [{k: None if v == '' else v if k in _texts else number(v) for k, v in r.items()} for r in csv.DictReader(f)]
     return Comparison(json.loads(Path(f'{stem}.json').read_text(encoding='utf-8')), *(rows(t) for t in _tables if t != 'summary'))
+
+# %% ../nbs/07f_comparison.ipynb #e2f73d66
+@patch
+def merged(self:Comparison,
+    other:Comparison, # Made with the same settings: a ValueError if not
+)->Comparison:
+    "The runs of both; where both have one, the other's"
+    differing = [k for k in self.head['config'] if self.head['config'][k] != other.head['config'].get(k)] + ['split']*(self.head['split'] != other.head['split'])
+    if differing: raise ValueError(f"these comparisons were made with different settings, and cannot stand in one table: {', '.join(differing)}")
+    key, far = lambda r: (r['method'], r['budget'], r['sparsity'], r['seed']), lambda r: (r['other_method'], r['other_budget'], r['sparsity'], r['other_seed'])
+    theirs, join = set(map(key, other.runs)), lambda k: list(dict.fromkeys([*self.head[k], *other.head[k]]))
+    stays = lambda rows: [r for r in rows if key(r) not in theirs and ('other_method' not in r or far(r) not in theirs)]
+    tables = {t: stays(getattr(self, t)) + getattr(other, t) for t in ('runs', 'layers', 'overlap', 'history')}
+    head = self.head | {k: join(k) for k in self.head if isinstance(self.head[k], list)}
+    return Comparison(head | dict(command=self.head['command'] + '\n' + other.head['command'], cells=len(tables['runs']), failed=sum(r.get('error') is not None for r in tables['runs'])), **tables)
