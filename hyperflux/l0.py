@@ -14,9 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .baselines import top
 from .gated import GatedPruner
-from .pressure import LogController, land_
-from .pruner import Pruner, check_steps
+from .pressure import LogController
+from .pruner import check_steps
 
 # %% ../nbs/07c_l0.ipynb #7a702b47
 BETA = 2/3                                          # the temperature
@@ -124,10 +125,8 @@ def land(self:L0):
     if self.left < self.keep/2:
         warnings.warn(f"at the landing only {self.left:,} gates are open of the {self.keep:,} weights to keep, and the others begin at zero: λ has overshot, "
                       "with too few noisy steps for this sparsity, or too little for the network to learn")
-    line = self.alpha.clone()
-    land_(line, self.keep)
     self.value.mul_(sure_gate(self.alpha))
-    self.mask.copy_(line >= 0)
+    self.mask.copy_(top(self.alpha, self.keep))
     self.z.copy_(self.mask)
     self.gamma, self.landed = 0., True
     self._restore()
