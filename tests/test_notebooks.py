@@ -1,5 +1,5 @@
 "The notebooks: each runs top to bottom, a second run changes no byte, the package is what they export."
-import filecmp, os, re, shutil, subprocess, sys
+import filecmp, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,13 @@ def rerun(path, checkout):
 
 @each_notebook
 def test_runs_and_a_second_run_changes_nothing(path, checkout):
+    began = time.monotonic()
     first = rerun(path, checkout)
     if first == (root/path).read_text(): return
-    # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with itself.
+    # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with itself; but not for pages
+    # that take long, or the suite would take twice as long on every machine that did not write them.
     assert not os.environ.get('HYPERFLUX_STRICT'), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
+    if time.monotonic() - began > 10 and not os.environ.get('HYPERFLUX_LONG'): return
     assert rerun(path, checkout) == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
 
 
