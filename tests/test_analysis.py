@@ -117,7 +117,7 @@ def test_report_in_a_browser_without_a_network(tmp_path):
     assert not re.search(r'(?:src|href)="(?!#)', page)
 
 
-@pytest.mark.parametrize('what', ['law', 'conv', 'converge', 'bottleneck', 'reliability'])
+@pytest.mark.parametrize('what', [pytest.param('law', marks=pytest.mark.long), 'conv', 'converge', 'bottleneck', pytest.param('reliability', marks=pytest.mark.long)])
 def test_programs_run(what, tmp_path):
     "Each record's program, in its shortest form"
     args = ['benchmarks.reliability'] if what == 'reliability' else ['benchmarks.law', what]

@@ -55,6 +55,7 @@ def test_without_onnx_it_is_left_out_and_named(tmp_path, monkeypatch):
     assert "pip install 'hyperflux[deploy]'" in report.skipped['ONNX Runtime'] and 'Not there: ONNX Runtime' in str(report)
 
 
+@pytest.mark.long
 def test_compiled_forms(tmp_path):
     report = deploy(pruned(UNet), torch.randn(2, 1, 16, 16), batches=(2,), onnx=False, rounds=3)
     assert {'compiled', 'sparsified, compiled'} <= {r['form'] for r in report.speed} | set(report.skipped)
