@@ -190,7 +190,7 @@ def test_attention():
 
 def test_convolutions():
     "Convolutions, plain and transposed, are gated as linear layers are, in any memory format"
-    assert_equal(*race(build=conv))
+    assert_equal(*race(build=conv, dtype=torch.float64), 1e-12)          # some processors' kernels sum a convolution in another order when its weight was just made, so not bit for bit
 
 
 def test_two_groups():
