@@ -19,7 +19,7 @@ from .shards import reshard
 # %% ../nbs/03b_gated.ipynb #7930623e
 class GatedPruner(Pruner):
     "A pruner whose weights have a gate each, with a parameter that Adam trains; methods say in `_move` what the gate is"
-    planned = None                                                              # the density wanted by now, for methods that have a plan
+    schedule, dip, begin, end = None, 1., 0, 0                                  # a plan, for methods that have one: see below
     remembers = ()                                                              # names of the tensors, generators and numbers that a method needs beyond these, to go on from a state
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·z
@@ -138,6 +138,24 @@ def lent(self:GatedPruner,
 @patch
 def _check_lent(self:GatedPruner):
     if self._lent: raise RuntimeError("the weights are lent to an evaluation: leave the with block before a step, a landing or a state_dict()")
+
+# %% ../nbs/03b_gated.ipynb #1cc529c2
+@patch(as_prop=True)
+def progress(self:GatedPruner)->float: # In [0, 1]
+    "How much of the steps from `begin` to `end` is over"
+    return max(0., min(1., (self.step - self.begin)/max(1, self.end - self.begin)))
+
+@patch(as_prop=True)
+def planned(self:GatedPruner)->float|None:
+    "The density that the schedule wants by now; None without a target"
+    if self.sparsity is None: return None
+    target = self.keep/self.d
+    return target if self.landed else self.schedule(self.progress, self.dip*target)
+
+@patch(as_prop=True)
+def stage(self:GatedPruner)->str:
+    "dense, prune, finetune or done"
+    return 'done' if self.step >= self.steps else 'finetune' if self.landed else 'prune' if self.step >= self.begin else 'dense'
 
 # %% ../nbs/03b_gated.ipynb #2709efc0
 @patch

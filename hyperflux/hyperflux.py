@@ -105,8 +105,9 @@ class Hyperflux(GatedPruner):
     ):
         if sparsity is None and pressure is None: raise ValueError("say where to go: sparsity= (a fraction) or pressure= (a number or a function of progress)")
         if compile and settings.sgd: raise ValueError("compile=True fuses Adam's update of the presences: leave it out with sgd=True")
-        self.settings = S = settings
-        self._prune_end, self._settle_at, self.lr = S.plan(steps, sparsity)
+        self.settings, self.schedule, self.dip = settings, settings.trajectory, settings.dip
+        S = settings
+        self.end, self._settle_at, self.lr = S.plan(steps, sparsity)
         self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
         first = self._pressure and self._pressure(0.)
         super().__init__(model, optimizer, controller=S.controller(), sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)   # whatever can be refused has been
@@ -148,47 +149,39 @@ def _compiled_step(self:Hyperflux):
 @patch(as_prop=True)
 def stage(self:Hyperflux)->str:
     "prune, regrow, settle or done"
-    return ('prune' if self.step < self._prune_end else 'regrow' if self.step < self._settle_at else
+    return ('prune' if self.step < self.end else 'regrow' if self.step < self._settle_at else
             'settle' if self.step < self.steps else 'done')
 
 @patch(as_prop=True)
 def resting(self:Hyperflux)->bool:
     "Whether presences stand still, since the controller says so: density has fallen below plan"
-    return not self._pressure and self.step < self._prune_end and getattr(self.controller, 'resting', False)
+    return not self._pressure and self.step < self.end and getattr(self.controller, 'resting', False)
 
 @patch(as_prop=True)
 def frozen(self:Hyperflux)->bool:
     "Whether the topology is fixed"
     return self.landed or self.step >= self._settle_at
 
-@patch(as_prop=True)
-def planned(self:Hyperflux)->float|None:
-    "The density that the trajectory wants by now; None without a target"
-    if self.sparsity is None: return None
-    target = self.keep/self.d
-    return target if self.landed else self.settings.trajectory(min(self.step/self._prune_end, 1.), self.settings.dip*target)
-
 @patch
 def _advance(self:Hyperflux):
     if self.step == self.steps + 1:
         warnings.warn(f"step {self.step} of {self.steps} announced: the topology stays as it is; for more pruning, say so with a larger steps=", stacklevel=6)
     if self.step > self._settle_at: return
-    if self._due(self.settings.updates) or self.step == self._prune_end: self._steer()
+    if self._due(self.settings.updates) or self.step == self.end: self._steer()
     if self.step == self._settle_at and self.settings.exact and self.sparsity is not None: self.land()
 
 @patch
 def _steer(self:Hyperflux):
     S = self.settings
     self._note(self.stage)
-    if not self._pressure and S.exact and self.step <= self._prune_end and self.history[-1]['density'] < self.planned/2: self._refloat()
-    if self.step < self._prune_end:
-        progress = self.step/self._prune_end
-        self.gamma = self._pressure(progress) if self._pressure else self.controller(self.history[-1]['density'], self.planned, progress)
+    if not self._pressure and S.exact and self.step <= self.end and self.history[-1]['density'] < self.planned/2: self._refloat()
+    if self.step < self.end:
+        self.gamma = self._pressure(self.progress) if self._pressure else self.controller(self.history[-1]['density'], self.planned, self.progress)
         if self.resting: self._moments[0].zero_()                               # or the momentum of the fall would go on after the rest
     else:
-        span = max(self._settle_at - self._prune_end, 1)
+        span = max(self._settle_at - self.end, 1)
         lr = S.regrow_travel/span if S.regrow_lr is None else S.regrow_lr
-        self.gamma, self.gate_optimizer.param_groups[0]['lr'] = 0., lr*S.regrow_decay**((self.step - self._prune_end)/span)
+        self.gamma, self.gate_optimizer.param_groups[0]['lr'] = 0., lr*S.regrow_decay**((self.step - self.end)/span)
 
 @patch
 def _refloat(self:Hyperflux):
@@ -223,6 +216,6 @@ def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
 @patch
 def _load(self:Hyperflux, state):
     self._count = state['count']
-    self._prune_end, self._settle_at, _ = self.settings.plan(self.steps)
+    self.end, self._settle_at, _ = self.settings.plan(self.steps)
     if self.meter and state['meter']: self.meter.load_state_dict(state['meter'])
     GatedPruner._load(self, state)

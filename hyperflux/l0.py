@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .baselines import top
+from .baselines import top, wanted
 from .gated import GatedPruner
 from .pressure import LogController
-from .pruner import check_steps
+from .pruner import span_steps
 
 # %% ../nbs/07c_l0.ipynb #7a702b47
 BETA = 2/3                                          # the temperature
@@ -67,13 +67,10 @@ class L0(GatedPruner):
         seed:int=0, # Of the noise; the same on all processes
         **how, # As for `Pruner`: targets, ignore
     ):
-        if sparsity is None: raise ValueError("L0 steers towards a density: say which with sparsity= (a fraction)")
-        check_steps(steps)
-        if not 0 <= span[0] < span[1] <= 1: raise ValueError(f"span holds two shares of the run, 0 <= start < end <= 1: got {span}")
         if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
-        self.begin, self.end = (round(s*steps) for s in span)
+        self.begin, self.end = span_steps(span, steps)
         check_noisy(self.end - self.begin)
-        super().__init__(model, optimizer, controller=controller(), sparsity=sparsity, steps=steps, **how)       # gamma: λ
+        super().__init__(model, optimizer, controller=controller(), sparsity=wanted(sparsity), steps=steps, **how)       # gamma: λ
         self.alpha, self.z, self.noise = self._flat(math.log(19)), self._flat(1.), torch.Generator(self.device).manual_seed(seed)
         self._make_gates(self.alpha, travel/(self.end - self.begin), gate=self.z)
 
@@ -88,24 +85,9 @@ def _move(self:L0):
 
 # %% ../nbs/07c_l0.ipynb #adac05f9
 @patch(as_prop=True)
-def stage(self:L0)->str:
-    "dense, prune, finetune or done"
-    return 'done' if self.step >= self.steps else 'finetune' if self.landed else 'prune' if self.step >= self.begin else 'dense'
-
-@patch(as_prop=True)
 def expected(self:L0)->float:
     "Expected density; once landed, the density"
     return self.density if self.landed else open_probability(self.alpha).mean().item()
-
-@patch(as_prop=True)
-def progress(self:L0)->float:
-    "How much of the noisy steps is over"
-    return max(0., min(1., (self.step - self.begin)/(self.end - self.begin)))
-
-@patch(as_prop=True)
-def planned(self:L0)->float:
-    "The expected density that the schedule wants by now"
-    return self.keep/self.d if self.landed else self.schedule(self.progress, self.keep/self.d)
 
 @patch
 def _advance(self:L0):

@@ -111,11 +111,11 @@ def aimed(
         warnings.simplefilter('always')
         run = fit(config, progress=False, data=data or load_data(config.data, **(dict(root=root) if root else {})))
     c, p = config, run.pruner
-    pushed = [h for h in p.history if h['step'] <= p._prune_end]
+    pushed = [h for h in p.history if h['step'] <= p.end]
     before = next((h['density'] for h in p.history if h['stage'] == 'landing'), p.density)          # the authors' runs do not land
     target = p.keep/p.d
     row = dict(model=c.model, data=c.data, method=c.method, sparsity=c.sparsity, seed=c.seed, batch_size=c.batch_size, prune_epochs=c.prune_epochs, regrow_epochs=c.regrow_epochs, steps=p.steps,
-               prune_steps=p._prune_end, off=math.sqrt(np.mean([math.log(max(h['density'], 1/p.d)/h['planned'])**2 for h in pushed])),
+               prune_steps=p.end, off=math.sqrt(np.mean([math.log(max(h['density'], 1/p.d)/h['planned'])**2 for h in pushed])),
                pruned=pushed[-1]['density'], planned=pushed[-1]['planned'], before_landing=before, target=target, left=p.left, keep=p.keep,
                refloated=sum(h['stage'] == 'refloated' for h in p.history), warnings=len(said), dense_accuracy=run.dense_accuracy, accuracy=run.history[-1]['accuracy'])
     return dict(row=row, curve=[(h['step'], h['density'], h['planned'], h['pressure']) for h in p.history], **origin())
