@@ -253,9 +253,8 @@ class LogController(_Controller):
         integral, plan = self.integral + min(self.ki*dp, 1/3)*e + drift, math.log(planned)
         lead = max(-1., min(1., self.lead*(plan - self.plan)/dp)) if dp > 0 else 0.
         u = self.start - (plan + lead)/self.alpha + self.kp*self.error + integral
-        wound = u > self.high and e > 0 or u < self.low and e < 0
-        if wound: self.drift = 0.                                               # anti-windup
-        else: self.integral, self.drift = integral, drift
+        if u > self.high and e > 0 or u < self.low and e < 0: self.drift = 0.   # anti-windup
+        elif not self.resting: self.integral, self.drift = integral, drift      # and while presences rested no pressure could have mended the error
         self.progress, self.plan = progress, plan
         late, fall = progress >= .5, min(0., e - self.last)
         self.last = e

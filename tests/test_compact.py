@@ -68,7 +68,7 @@ def network(seed):
     return net.eval(), x
 
 
-@pytest.mark.parametrize('part', [0, 1, *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 6))])
+@pytest.mark.parametrize('part', [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 6))])
 def test_random_networks_stay_what_they_compute(part):
     "80 networks, 240 with HYPERFLUX_LONG=1: equal to 1e-5 of the largest output, and where all is in float64 to 1e-12; never an exception"
     went = 0

@@ -77,7 +77,11 @@ class Watched(Run):
         self.first = self.pruner.presence.clone()
 
 
-@pytest.mark.parametrize('name', RECIPES)
+# The usual run has every network once, and every data set; what differs from these in the number of classes or in width alone has to be asked for.
+AGAIN = 'resnet50-cifar100', 'vgg19-cifar100', 'deit-s-cifar100', 'resnet50-imagenet', 'deit-s-imagenet'
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.long) if n in AGAIN else n for n in RECIPES])
 def test_runs_at_full_size(name, images, monkeypatch):
     monkeypatch.setattr(hyperflux.rehearsal, 'Run', Watched)
     c = recipe(name, batch_size=2, weights='')
