@@ -79,7 +79,7 @@ def cases(*all): return {c.name: c for c in all}
 CASES = cases(Case('resnet50', 32, 128, 'channels_last'), Case('resnet50', 32, 128), Case('resnet50', 32, 512, 'channels_last'), Case('vgg19', 32, 128, 'channels_last'),
               Case('deit_s', 224, 128), Case('resnet50', 224, 128, 'channels_last'))
 MORE = cases(Case('resnet50', 32, 512), Case('vgg19', 32, 128), Case('resnet50', 224, 128))          # on request
-SMALL = cases(Case('lenet5', 32, 4, 'channels_last'), Case('deit_t', 32, 1))
+SMALL = cases(Case('lenet5', 32, 4, 'channels_last'), Case('lenet300', 32, 1))
 
 
 # The four ways

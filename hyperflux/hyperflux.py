@@ -105,8 +105,8 @@ class Hyperflux(GatedPruner):
     ):
         if sparsity is None and pressure is None: raise ValueError("say where to go: sparsity= (a fraction) or pressure= (a number or a function of progress)")
         if compile and settings.sgd: raise ValueError("compile=True fuses Adam's update of the presences: leave it out with sgd=True")
-        self.settings, self.schedule, self.dip = settings, settings.trajectory, settings.dip
-        S = settings
+        self.settings = S = settings
+        self.schedule, self.dip = S.trajectory, S.dip
         self.end, self._settle_at, self.lr = S.plan(steps, sparsity)
         self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
         first = self._pressure and self._pressure(0.)

@@ -103,7 +103,7 @@ def test_gpu_record_has_every_case_and_way(gpu_smoke):
     _, text, r = gpu_smoke
     assert (r['benchmark'], r['smoke'], r['commit'], r['failed'], r['skipped'], r['goals']) == ('gpu', True, 'test', [], [], [])
     assert r['command'] == 'python -m benchmarks.gpu --smoke --profile --commit test --out PATH'
-    assert [c['case'] for c in r['cases']] == ['lenet5-32-b4-channels_last', 'deit_t-32-b1']
+    assert [c['case'] for c in r['cases']] == ['lenet5-32-b4-channels_last', 'lenet300-32-b1']
     assert [x['way'] for x in r['rows']] == ['dense', 'eager', 'compiled', 'graph']*2
     for c in r['cases']: assert c['weights'] <= c['parameters'] and c['copy_gb_s'] > 0 and 2*c['floor_ms'] == pytest.approx(c['floor_around_ms'])
     for x in r['rows']:
@@ -128,7 +128,7 @@ def test_gpu_profile_names_what_the_hooks_do(gpu_smoke):
 
 def test_gpu_record_is_gone_on_with(gpu_smoke, capsys):
     out, _, r = gpu_smoke
-    args = '--smoke', '--out', out, '--cases', 'deit_t-32-b1'
+    args = '--smoke', '--out', out, '--cases', 'lenet300-32-b1'
     rc, text, errors = gpu(*args, '--commit', 'test')
     assert rc == 0 and 'median' not in text and json.loads(out.read_text()) == r, errors            # nothing left to do
     said = refused(capsys, *args, '--commit', 'other')
