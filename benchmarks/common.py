@@ -166,9 +166,13 @@ def fresh_process(
     modules:list[str], # Imported once by the server from which the processes are forked
 ):
     "Makes a context whose every process starts from the same small memory, where freed memory goes back to the system at once"
-    os.environ.update(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')       # read by glibc at the start of a program
-    context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-    if context.get_start_method() == 'forkserver': context.set_forkserver_preload(modules)
+    if 'forkserver' not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context('spawn')
+    from multiprocessing.forkserver import ensure_running
+    context, freeing = multiprocessing.get_context('forkserver'), dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+    context.set_forkserver_preload(modules)
+    os.environ.update(freeing)                                          # read by glibc at the start of a program
+    ensure_running()
+    for k in freeing: del os.environ[k]                                 # all other programs would only be slower
     return context
 
 

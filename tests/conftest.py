@@ -13,6 +13,7 @@ root = Path(__file__).parents[1]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Side by side, a file's tests stay together, for they share fixtures; notebooks, the longest, go one by one. What is marked long has to be asked for."
+    items.sort(key=lambda item: 'tutorials/' not in item.nodeid)               # the longest pages first, or a core would wait for the last of them
     for item in items:
         if item.get_closest_marker('long') and not os.environ.get('HYPERFLUX_LONG'): item.add_marker(pytest.mark.skip(reason='takes long, and runs with HYPERFLUX_LONG=1'))
         if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
