@@ -2,20 +2,21 @@
 
     hyperflux compare --methods hyperflux,l0,benchmarks.variants:untrained,benchmarks.variants:late --sparsities .9,.98 --valid .1 …
 """
-import dataclasses
+import dataclasses, functools
 
 from torch import nn
 
 from hyperflux.hyperflux import Hyperflux
 from hyperflux.methods import Method
 from hyperflux.models import lenet300
+from hyperflux.pressure import LogController
 
 
-def variant(untrained=False, settle=None):
-    "Hyperflux from the first step on, or with another share of steps after its landing"
+def variant(untrained=False, settle=None, **more):
+    "Hyperflux from the first step on, with another share of steps after its landing, or with other settings"
     def make(run, span, **how):
         prune = span[1]
-        settings = dataclasses.replace(run.config.settings(), prune=prune, settle=(1 - prune)/2 if settle is None else settle)
+        settings = dataclasses.replace(run.config.settings(), prune=prune, settle=(1 - prune)/2 if settle is None else settle, **more)
         return Hyperflux(run.model, run.optimizer, settings=settings, seed=run.config.seed, meter=True, compile=run.compile, **how)
     return Method(make, untrained=untrained)
 
@@ -23,6 +24,8 @@ def variant(untrained=False, settle=None):
 untrained = variant(untrained=True)                     # no dense epochs: 50 epochs under its own rule, as hard-concrete L0 has
 late = variant(settle=.05)                              # lands when nearly all is over
 soon = variant(settle=.45)                              # lands as soon as pruning ends: hardly any regrowth
+
+restless = variant(controller=functools.partial(LogController, rest=0.))     # presences move all along; density is further from its plan
 
 
 def dropout(n_classes=10, in_shape=(1, 28, 28)):
