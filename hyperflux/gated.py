@@ -147,8 +147,8 @@ def progress(self:GatedPruner)->float: # In [0, 1]
 
 @patch(as_prop=True)
 def planned(self:GatedPruner)->float|None:
-    "The density that the schedule wants by now; None without a target"
-    if self.sparsity is None: return None
+    "The density that the schedule wants by now; None without a target or without a schedule"
+    if self.sparsity is None or self.schedule is None: return None
     target = self.keep/self.d
     return target if self.landed else self.schedule(self.progress, self.dip*target)
 
