@@ -64,18 +64,18 @@ def figure_rows(fig, # A matplotlib figure, drawn
     rows = []
     for ax in fig.axes:
         if ax.get_label() == '<colorbar>': continue
-        panel, in_bars = ax.get_title() or f'{ax.get_ylabel()} against {ax.get_xlabel()}', {id(p): c.get_label() for c in ax.containers for p in c if isinstance(p, mp.Patch)}
+        panel, whole = ax.get_title() or f'{ax.get_ylabel()} against {ax.get_xlabel()}', {id(part): c.get_label() for c in ax.containers for part in c.get_children()}      # bars and error bars: one label for all
         def add(kind, series, points, names=('x', 'y')):
             series = '' if str(series).startswith('_') else series
             rows.extend(dict(panel=panel, series=series, kind=kind, **{n: float(f'{float(v):.5g}') for n, v in zip(names, point)}) for point in points)
-        for line in ax.lines: add('line', line.get_label(), zip(*line.get_data()))
+        for line in ax.lines: add('line', whole.get(id(line), line.get_label()), zip(*line.get_data()))
         for p in ax.patches:
-            if isinstance(p, mp.Rectangle): add('bar', in_bars.get(id(p), p.get_label()), [(p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height())], ('x', 'y', 'x_end', 'y_end'))
+            if isinstance(p, mp.Rectangle): add('bar', whole.get(id(p), p.get_label()), [(p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height())], ('x', 'y', 'x_end', 'y_end'))
             else: add('outline', p.get_label(), p.get_path().vertices)
         for c in ax.collections:
             if isinstance(c, mc.QuadMesh): add('picture', c.get_label(), _pixels(c.get_array()), ('x', 'y', 'value'))
             elif isinstance(c, mc.PathCollection): add('point', c.get_label(), c.get_offsets())
-            else: add('outline', c.get_label(), [v for path in c.get_paths() for v in path.vertices])
+            else: add('outline', whole.get(id(c), c.get_label()), [v for path in c.get_paths() for v in path.vertices])
         for im in ax.images: add('picture', im.get_label(), _pixels(im.get_array()), ('x', 'y', 'value'))
     return rows
 
