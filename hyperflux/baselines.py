@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-from .pressure import check_sparsity, cubic, land_, linear
+from .driving import optimizers_in, reapply
+from .pressure import as_number, check_sparsity, cubic, land_, linear
 from .pruner import Pruner, check_steps, span_steps
 
 # %% ../nbs/07_baselines.ipynb #64c44789
@@ -73,6 +74,7 @@ class Baseline(Pruner):
         updates:int=100, # How often masks are renewed in the span
     ):
         wanted(sparsity)
+        updates = as_number(updates)
         if not (isinstance(updates, int) and updates > 0): raise ValueError(f"updates counts how often masks are renewed, 1 or more: got {updates!r}")
         (self.begin, self.end), self.updates, self.births, self.deaths = span_steps(span, steps), updates, 0, 0
         if self.gradual and self.end == self.begin: raise ValueError(f"{type(self).__name__} prunes step by step, and was given none: {span} of {steps} steps; train longer, or widen the span")
@@ -141,6 +143,7 @@ def _before(self:Baseline, grads):
         skip, scale = (getattr(self.optimizer, a, None) for a in ('found_inf', 'grad_scale'))
         if skip is not None and skip.item(): return None
         g = self.flat([torch.zeros_like(w) if g is None else g for g, w in zip(grads, self._local)])
+        if up := self.uphill(): torch._foreach_neg_([v for i, v in enumerate(self._views(g)) if i in up])
         return g if scale is None else g.div_(scale)
     self.observe(gradient)
     have = [(g, m) for g, m in zip(grads, self._masks) if g is not None]
@@ -155,6 +158,9 @@ def flat(self:Baseline,
     out = self._flat()
     torch._foreach_copy_(self._views(out), list(tensors))
     return out
+
+@patch
+def asked(self:Baseline)->dict: return dict(Pruner.asked(self), begin=self.begin, end=self.end, updates=self.updates)
 
 @patch
 def state_dict(self:Baseline)->dict: # Tensors, numbers and strings only
@@ -191,7 +197,7 @@ class Random(Baseline):
     def __init__(self, model, optimizer, *, seed:int=0, **how):
         self.seed = seed
         super().__init__(model, optimizer, **how)
-    def score(self): return torch.rand(self.d, generator=torch.Generator().manual_seed(self.seed)).to(self.mask)
+    def score(self): return torch.rand(self.d, generator=torch.Generator('cpu').manual_seed(self.seed), dtype=torch.float32, device='cpu').to(self.mask)
 
 # %% ../nbs/07_baselines.ipynb #c9626545
 class GMP(Baseline):
@@ -224,8 +230,8 @@ class IMP(Baseline):
         span:tuple=(0., 1.), # Not used: trainings fill the run
         **how, # As in `Baseline`
     ):
-        check_steps(steps)
-        self.levels, self.rewind, self.start = imp_levels(wanted(sparsity)) if levels is None else levels, rewind, None
+        steps, rewind = check_steps(steps), as_number(rewind)
+        self.levels, self.rewind, self.start = imp_levels(wanted(sparsity)) if levels is None else as_number(levels), rewind, None
         if not (isinstance(self.levels, int) and self.levels > 0): raise ValueError(f"levels counts how often IMP prunes, 1 or more: got {levels!r}")
         self.restarts = [math.ceil(k*steps/(self.levels + 1) - 1e-9) for k in range(1, self.levels + 1)]
         if self.levels >= steps: raise ValueError(f"IMP trains {self.levels + 1} times in {steps} steps: each training needs at least one; train longer, or give fewer levels")
@@ -244,7 +250,8 @@ class IMP(Baseline):
         if self.step == self.rewind: self.remember()
         if self.step not in self.restarts: return
         self.prune()
-        self.model.load_state_dict(self.start)
-        self.apply_mask()
-        self.optimizer.state.clear()
+        self.model.load_state_dict(self.model.state_dict() | self.start)         # what modules keep beside tensors stays
+        reapply(self.model)                                                      # other pruners may keep other layers
+        for o in optimizers_in(self.optimizer): o.state.clear()
+    def asked(self): return dict(super().asked(), levels=self.levels, rewind=self.rewind)
     def extra(self): return dict(start=self.start, restarts=self.restarts, levels=self.levels, rewind=self.rewind)

@@ -46,12 +46,12 @@ def _make_gates(self:GatedPruner,
     torch._foreach_copy_(self._values, [w.detach() for w in self._local])
     for a, s in zip(self._gate_params, self._pulls): a.grad = s
     fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
-    self._steps = [torch.zeros((), device=self.device if fused else 'cpu') for _ in self._gate_params]
+    self._steps = [torch.zeros((), dtype=torch.float32, device=self.device if fused else 'cpu') for _ in self._gate_params]
     if sgd: self.gate_optimizer = torch.optim.SGD(self._gate_params, lr=lr, fused=fused)
     else:
         self.gate_optimizer = torch.optim.Adam(self._gate_params, lr=lr, eps=1e-8/self.d if eps is None else eps, fused=fused)
         for a, n, m, v in zip(self._gate_params, self._steps, *map(self._views, self._moments)): self.gate_optimizer.state[a] = dict(step=n, exp_avg=m, exp_avg_sq=v)
-    self._missing, self._skip = [], None
+    self._missing, self._skip, self._compares = [], None, False
 
 @patch(as_prop=True)
 def frozen(self:GatedPruner)->bool:
@@ -70,19 +70,29 @@ def _before(self:GatedPruner, grads):
         self._skip, scale = (getattr(self.optimizer, a, None) for a in ('found_inf', 'grad_scale'))
         if present: torch._foreach_copy_(have(self._pulls), present)
         for i in self._missing: self._pulls[i].zero_()
+        if up := self.uphill(): torch._foreach_neg_([self._pulls[i] for i in up])
         self._pull.mul_(self.value)                                             # s = ω·g
         if scale is not None: self._pull.div_(scale)
-        torch._foreach_copy_(self._local, self._values)                         # p ← ω
-        self._swapped = True
+        self._show()
     if present: torch._foreach_mul_(present, have(self._gates))                 # g ← z·g
 
 # %% ../nbs/03b_gated.ipynb #7715b4b1
 @patch
 def _after(self:GatedPruner):
-    if self._swapped:
-        if len(self._missing) < len(self.params): self._move()
-        torch._foreach_copy_(self._values, self._local)                         # ω ← p
-    torch._foreach_mul_(self._local, self._gates)                               # p ← ω·z
+    if self._swapped and len(self._missing) < len(self.params): self._move()
+    self._hide()
+
+@patch
+def _show(self:GatedPruner):
+    if self.frozen: return                                                      # only θ is left
+    torch._foreach_copy_(self._local, self._values)                             # p ← ω
+    self._swapped = True
+
+@patch
+def _hide(self:GatedPruner):
+    if self._swapped: torch._foreach_copy_(self._values, self._local)           # ω ← p
+    self._swapped = False
+    self._zero(self._local, self._gates)                                        # p ← ω·z
 
 @patch
 def _step_gates(self:GatedPruner):
@@ -98,7 +108,17 @@ def _step_gates(self:GatedPruner):
 @torch.no_grad()
 def _adopt(self:GatedPruner):
     self._check_lent()
-    for p, v, z in zip(self._local, self._values, self._gates): v.copy_(torch.where(p != (v.to(p.dtype)*z).to(p.dtype), p, v))
+    for p, v, changed in zip(self._local, self._values, self._changed()): v.copy_(torch.where(changed, p, v))
+
+@patch
+def _changed(self:GatedPruner):
+    "Where somebody else has written"
+    return (p != (v.to(p.dtype)*z).to(p.dtype) for p, v, z in zip(self._local, self._values, self._gates))
+
+@patch
+def _written_unseen(self:GatedPruner, look):
+    if look and not self._compares and not self.frozen: self._compares = any(c.any().item() for c in self._changed())      # here the host waits
+    return self._compares
 
 @patch
 def _resync(self:GatedPruner):
@@ -110,7 +130,7 @@ def _resync(self:GatedPruner):
 def _restore(self:GatedPruner, gates=None):
     reshard(self.model)
     torch._foreach_copy_(self._local, self._values)
-    torch._foreach_mul_(self._local, gates or self._gates)
+    self._zero(self._local, gates or self._gates)
 
 @patch
 @torch.no_grad()
@@ -159,18 +179,12 @@ def stage(self:GatedPruner)->str:
 
 # %% ../nbs/03b_gated.ipynb #2709efc0
 @patch
-def _due(self:GatedPruner,
-    updates:int, # How often in the whole run
-)->bool: # Whether it is time for one, after this step
-    return self.step*updates//self.steps > (self.step - 1)*updates//self.steps
-
-@patch
 def _note(self:GatedPruner, stage, **more):
     "A row of history, for stage, density, plan and push; FloatingPointError if the gates have lost their way"
     total = self.shards.sum(self._param).item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the gates' parameters add up to {total} at step {self.step}: gradients held NaN or infinity; lower the learning rate, clip gradients, or use a GradScaler")
-    self.history.append(dict(step=self.step, stage=stage, density=self.density, **more, planned=self.planned, pressure=self.gamma))
+    self.history.append(dict(step=self.step, stage=stage, density=self.present/self.d, **more, planned=self.planned, pressure=self.gamma))
 
 @patch
 def state_dict(self:GatedPruner)->dict: # Tensors, numbers and strings only

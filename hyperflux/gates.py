@@ -38,8 +38,8 @@ def initial_presence(
 )->Tensor: # [n], on the CPU
     "First presences, t ~ U(low, high)"
     if not 0 <= low <= high: raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={low}, high={high}")
-    g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    return torch.rand(n, generator=g, dtype=dtype)*(high - low) + low
+    g = seed if isinstance(seed, torch.Generator) else torch.Generator('cpu').manual_seed(seed)
+    return torch.rand(n, generator=g, dtype=dtype, device='cpu')*(high - low) + low
 
 class Gate(nn.Module):
     "Multiplies a weight by H(presence): the gate as a layer of the graph"

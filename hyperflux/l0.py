@@ -6,7 +6,7 @@
 __all__ = ['BETA', 'hard_concrete', 'gate_slope', 'open_probability', 'sure_gate', 'patient', 'check_noisy', 'L0']
 
 # %% ../nbs/07c_l0.ipynb #95a6f26e
-import functools, math, warnings
+import functools, math
 from contextlib import nullcontext
 from typing import Callable
 
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines import top, wanted
+from .driving import warn
 from .gated import GatedPruner
 from .pressure import LogController
 from .pruner import span_steps
@@ -67,6 +68,7 @@ class L0(GatedPruner):
         seed:int=0, # Of the noise; the same on all processes
         **how, # As for `Pruner`: targets, ignore
     ):
+        self.travel = travel
         if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
         self.begin, self.end = span_steps(span, steps)
         check_noisy(self.end - self.begin)
@@ -87,7 +89,7 @@ def _move(self:L0):
 @patch(as_prop=True)
 def expected(self:L0)->float:
     "Expected density; once landed, the density"
-    return self.density if self.landed else open_probability(self.alpha).mean().item()
+    return self.present/self.d if self.landed else open_probability(self.alpha).mean().item()
 
 @patch
 def _advance(self:L0):
@@ -104,8 +106,8 @@ def land(self:L0):
     if self.landed: return
     self._adopt()
     self._note('landing', expected=self.expected)                               # what there is before it
-    if self.left < self.keep/2:
-        warnings.warn(f"at the landing only {self.left:,} gates are open of the {self.keep:,} weights to keep, and the others begin at zero: λ has overshot, "
+    if self.present < self.keep/2:
+        warn(f"at the landing only {self.present:,} gates are open of the {self.keep:,} weights to keep, and the others begin at zero: λ has overshot, "
                       "with too few noisy steps for this sparsity, or too little for the network to learn")
     self.value.mul_(sure_gate(self.alpha))
     self.mask.copy_(top(self.alpha, self.keep))
@@ -115,7 +117,9 @@ def land(self:L0):
 
 # %% ../nbs/07c_l0.ipynb #a26db6ec
 @patch
+def asked(self:L0)->dict: return dict(GatedPruner.asked(self), begin=self.begin, end=self.end, travel=self.travel)
+
+@patch
 def deterministic(self:L0):
     "For an evaluation in mid-run: the weights are ω·ẑ inside, and what they were after it"
     return nullcontext() if self.landed else self.lent(sure_gate(self.alpha))
-

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .baselines import Baseline, Random, apportion, magnitude, top
+from .driving import optimizers_in
 from .pressure import cubic
 from .pruner import check_steps
 
@@ -96,7 +97,7 @@ class RigL(Random):
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first
     def __init__(self, model, optimizer, *, steps:int, span:tuple=(0., .75), **how):
         self.grow = None
-        check_steps(steps)
+        steps = check_steps(steps)
         if (end := round(span[1]*steps)) <= self.every: raise ValueError(f"RigL moves weights every {self.every} steps until step {end} of {steps}: it would never do so; train longer")
         super().__init__(model, optimizer, steps=steps, span=span, **how)
     def budgets(self, keep): return erk([tuple(p.shape) for p in self.params], keep)
@@ -118,5 +119,5 @@ class RigL(Random):
     def extra(self): return dict(every=self.every, drop=self.drop)
     def forget(self, grown):
         for p, g in zip(self.params, self._views(grown)):
-            for v in self.optimizer.state[p].values():
+            for v in [v for o in optimizers_in(self.optimizer) for v in o.state.get(p, {}).values()]:
                 if torch.is_tensor(v) and v.shape == p.shape: v.mul_(1 - g)

@@ -369,7 +369,7 @@ def test_absent_is_zero(kind, optimizer):
     bias, ever, masks = model[-1].bias.clone(), torch.zeros(p.d), [mask(p)]
     def look(i):
         m, w = mask(p), weights(p)
-        assert (w[m == 0] == 0).all() and w.isfinite().all() and ((m == 0) | (m == 1)).all() and p.left == int(m.sum())
+        assert (w[m == 0] == 0).all() and w.isfinite().all() and ((m == 0) | (m == 1)).all() and p.present == int(m.sum()) and p.left == int(w.count_nonzero())
         if kind is not Swift: assert (m <= masks[-1]).all()
         elif not torch.equal(m, masks[-1]): ever.add_(1)
         masks.append(m)
@@ -422,7 +422,7 @@ def test_rigl_by_hand(build, optimizer):
         loss(model, t - 1).backward()
         grads, before = [w.grad.clone() for w in p.params], [m.clone() for m in p._masks]
         opt.step()
-        assert [int(m.sum()) for m in p._masks] == counts and p.left == p.keep
+        assert [int(m.sum()) for m in p._masks] == counts and p.present == p.keep
         if all(map(torch.equal, before, p._masks)): continue
         moves.append(t)
         share = .3*.5*(1 + math.cos(math.pi*t/end))
@@ -573,12 +573,18 @@ def test_resume_in_any_order(kind):
     assert len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def test_resume_takes_the_spans_of_the_state():
-    "A pruner made with another plan takes over that of the state; one of another kind is refused"
+def test_resume_refuses_another_goal():
+    "A pruner that was asked for something else than the state's refuses it by both values, and is as it was; likewise one of another kind"
     model, opt, p = start(GMP, span=(.2, .6), updates=4)
     train(model, opt, 0, 20)
-    _, _, q = start(GMP, span=(0., 1.), updates=50, sparsity=.3, steps=99)
-    q.load_state_dict(through_a_file(p)[0])
+    saved = through_a_file(p)[0]
+    for asked, says in (dict(sparsity=.3), 'sparsity=0.8.*sparsity=0.3'), (dict(steps=99), 'steps=60.*steps=99'), (dict(span=(0., .6)), 'begin=12.*begin=0'), (dict(updates=50), 'updates=4.*updates=50'):
+        _, _, q = start(GMP, **dict(span=(.2, .6), updates=4) | asked)
+        before = mask(q)
+        with refuses(says): q.load_state_dict(saved)
+        assert q.step == 0 and torch.equal(mask(q), before)
+    _, _, q = start(GMP, span=(.2, .6), updates=4)
+    q.load_state_dict(saved)
     assert (q.begin, q.end, q.updates, q.keep, q.steps, q.step) == (12, 36, 4, p.keep, 60, 20) and torch.equal(q.mask, p.mask)
     with refuses("its kind is 'GMP', here it is 'Progressive'"): start(Progressive)[2].load_state_dict(p.state_dict())
 
