@@ -3,10 +3,11 @@
 All ways train the same network on the same random batches in one run, in short turns of random order, so that drift hits all alike.
 A ratio is the median, over rounds, of the way's median step over the dense one's in the same round. Memory is the most that ten steps use above
 what was in use before the network was made: on the CPU the resident memory of a process for each way (libraries and compiler loaded beforehand),
-on CUDA the allocator's count. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
+on CUDA the allocator's count. --against FOLDER has the Hyperflux of another checkout take part, before a change, say. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
 """
-import argparse, contextlib, statistics, sys, time
+import argparse, contextlib, importlib, statistics, sys, time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from hyperflux import Hyperflux, Settings, prunable
 from .common import fresh_process, interleave, peak, provenance, ratios, stats, table, write_json
 
 STEPS, SPARSITY = 100_000, .98          # the announced length keeps every measured step in the pruning stage
-WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph', 'masks': 'torch.nn.utils.prune'}
+WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph', 'masks': 'torch.nn.utils.prune',
+        'other': 'Hyperflux eager, other checkout'}
 GOALS = {('lenet300', 'eager'): 1.6, ('lenet300', 'compiled'): 1.25, ('resnet18', 'eager'): 1.15}
 
 
@@ -42,7 +44,20 @@ MODELS = dict(lenet300=(lenet300, 128, (1, 28, 28), adam, (100, 10), (100, 20)),
               resnet18=(resnet18, 32, (3, 32, 32), sgd, (15, 2), (50, 20)))
 
 
-# The five ways
+# The ways
+
+def other_hyperflux(folder):
+    "The `Hyperflux` of another checkout, beside this one's"
+    own = {k: sys.modules.pop(k) for k in list(sys.modules) if k.partition('.')[0] == 'hyperflux'}
+    sys.path.insert(0, str(folder))
+    try: found = importlib.import_module('hyperflux')
+    finally:
+        sys.path.pop(0)
+        for k in [k for k in sys.modules if k.partition('.')[0] == 'hyperflux']: del sys.modules[k]
+        sys.modules.update(own)
+    if Path(found.__file__).parents[1] != Path(folder).resolve(): raise ValueError(f"{folder} holds no checkout of hyperflux: give the folder in which hyperflux/ and nbs/ lie")
+    return found.Hyperflux
+
 
 def batches(model, device):
     "Makes random images and labels, fresh ones each time: a network that knows its batch by heart computes with denormal numbers"
@@ -61,7 +76,7 @@ def mask_at_random(net):
         prune.custom_from_mask(module, weight, (torch.rand(w.shape, generator=g) >= SPARSITY).to(w))
 
 
-def make(model, way, device):
+def make(model, way, device, against=None):
     "A training step, a function of images and labels, and its pruner if it has one"
     torch.manual_seed(0)
     net, _, _, optimizer, *_ = MODELS[model]
@@ -69,6 +84,7 @@ def make(model, way, device):
     if way == 'masks': mask_at_random(net)
     opt, pruner = optimizer(net.parameters()), None
     step = lambda x, y: plain_step(net, opt, x, y)
+    if way == 'other': pruner = against(net, opt, sparsity=SPARSITY, steps=STEPS)
     if way in ('eager', 'compiled'): pruner = Hyperflux(net, opt, sparsity=SPARSITY, steps=STEPS, compile=way == 'compiled')
     if way == 'graph': step = gated_step(net, opt, device)
     return step, pruner
@@ -122,23 +138,24 @@ def all_memory(model, ways, device, n):
     return found
 
 
-def measure(model, device, rounds, burst, warmup, memory_steps):
+def measure(model, device, rounds, burst, warmup, memory_steps, against=None):
     "One row per way, and what could not run"
     steps, failed = {}, {}
-    for way in WAYS:
+    for way in [w for w in WAYS if w != 'other' or against]:
         try:
-            step, _ = make(model, way, device)
+            step, _ = make(model, way, device, against)
             step(*batches(model, device)())                             # compiles, if it must
             steps[way] = step
         except Exception as e:
             if way != 'compiled': raise
             failed[way] = f"{type(e).__name__}: {str(e).splitlines()[0]}"    # no C++ compiler, say
-    taken = all_memory(model, steps, device, memory_steps)
+    taken = dict(all_memory(model, [w for w in steps if w != 'other'], device, memory_steps), other=None)
     times = interleave(steps, batches(model, device), device, rounds, burst, warmup)
     rows = []
     for way in steps:
         more = None if taken[way] is None else (taken[way] - taken['dense'])/1e6
         rows.append(dict(model=model, device=device.type, way=way, unit='ms', **stats(sum(times[way], [])), ratio=ratios(times[way], times['dense']),
+                         against=ratios(times[way], times['other']) if against and way == 'eager' else None,
                          memory_mb=taken[way] and taken[way]/1e6, memory_above_dense_mb=more, goal=GOALS.get((model, way)) if device.type == 'cpu' else None))
     return rows, [dict(model=model, device=device.type, way=w, error=e) for w, e in failed.items()]
 
@@ -207,6 +224,7 @@ def arguments(argv=None):
     p.add_argument('--rounds', type=int, help='turns of every way (default: 100 for LeNet-300-100; 15 for ResNet-18, 50 on CUDA)')
     p.add_argument('--threads', type=int, help="of the CPU (default: torch's)")
     p.add_argument('--profile', action='store_true', help="also time the parts of Hyperflux's steps")
+    p.add_argument('--against', metavar='FOLDER', help='another checkout, whose Hyperflux takes part; what this one takes is also told as a multiple of it')
     p.add_argument('--out', metavar='FILE.json', help='write a record')
     args = p.parse_args(argv)
     args.models = args.models.split(',') if args.models else list(MODELS)[:1 if args.smoke else None]
@@ -231,9 +249,11 @@ def main(argv=None):
         for model in args.models:
             rounds, burst = MODELS[model][4 if device.type == 'cpu' else 5]
             sizes = (args.rounds or 3, 2, 1, 2) if args.smoke else (args.rounds or rounds, burst, 2*burst, 10)
-            rows, failed = measure(model, device, *sizes)
+            rows, failed = measure(model, device, *sizes, against=args.against and other_hyperflux(args.against))
             record['rows'] += rows; record['failed'] += failed
             print(table_of(rows), *(f"{WAYS[f['way']]}: {f['error']}" for f in failed), sep='\n', flush=True)
+            for r in rows:
+                if a := r['against']: print(f"{model}: Hyperflux eager takes {a['median']:.3f} × the time of the other checkout's ({a['q1']:.3f}–{a['q3']:.3f})", flush=True)
             if args.profile:
                 n = 3 if args.smoke else sizes[0]*sizes[1]
                 parts = [profile(model, r['way'], device, n, sizes[2]) for r in rows if r['way'] in ('eager', 'compiled')]

@@ -32,8 +32,8 @@ class Augment:
         seed:int=0, # Seed of the run
     ) -> torch.Tensor: # int64 [n, 5] on the CPU: row and column of the window, flip (0 or 1), row and column of the hole's centre before reduction mod the height and width
         "The random numbers of a whole epoch: a pure function of the seed and the epoch."
-        g = torch.Generator().manual_seed((1_000_003*seed + epoch) ^ 0x5bd1e995)      # other numbers than those that order the epoch
-        below = lambda top, k: torch.randint(top, (n, k), generator=g)
+        g = torch.Generator('cpu').manual_seed((1_000_003*seed + epoch) ^ 0x5bd1e995)      # other numbers than those that order the epoch
+        below = lambda top, k: torch.randint(top, (n, k), generator=g, device='cpu')
         return torch.cat([below(2*self.crop + 1, 2), below(1 + self.flip, 1), below(2**31, 2)], 1)
 
 # %% ../nbs/04_augment.ipynb #ab3bc939

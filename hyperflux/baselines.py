@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-from .driving import optimizers_in, reapply
+from .driving import reapply
+from .optimizers import optimizers_in
 from .pressure import as_number, check_sparsity, cubic, land_, linear
 from .pruner import Pruner, check_steps, span_steps
 

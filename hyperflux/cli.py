@@ -21,12 +21,13 @@ from .data import load_data
 from .deploy import deploy_run
 from .live import LiveTable, plan_text
 from .methods import METHODS, methods_table
-from .models import make_model
+from .models import make_model, whole_number
 from .processes import World, first, join, leave
+from .progress import speak_plainly
 from .recipes import RECIPES, Config, recipe as named_recipe, recipes_table
 from .rehearsal import rehearse, rehearsal_text
 from .report import report as write_report
-from .results import summary_text
+from .results import read_summary, summary_text
 from .train import fit
 
 # %% ../nbs/10_cli.ipynb #27742bc9
@@ -55,13 +56,14 @@ def prune(
     save_steps:int=1000, # Steps between checkpoints within an epoch; one is written after each epoch anyway
     tensorboard:bool=False, # Also write history for TensorBoard
     dry_run:bool=False, # Take a few steps of each stage, and tell what the whole run would need
-    quiet:bool=False, # No progress bar
+    quiet:bool=False, # Say nothing while it trains: no bar, and no lines in a file
     **fields, # Of `Config`, in place of the recipe's
 ):
     "Train a network, prune it with Hyperflux to an exact sparsity, and write a run folder"
     config = named_recipe(recipe, **fields)
     if epochs is not None: config = dataclasses.replace(config, **_split(epochs, config))
     folder, device = Path(out or Path('runs')/config.name), choose_device(device)
+    if threads is not None: whole_number('threads', threads)
     world = join(device)
     if (folder/'summary.json').is_file() and not (overwrite or dry_run): return world.main and _again(folder, config)
     with first(world): images = load_data(config.data, root, download, config.valid, size=config.size)
@@ -76,7 +78,7 @@ def prune(
         raise SystemExit(130)
     if world.main:
         found = sorted(p.name for p in folder.iterdir())
-        say('\n' + summary_text(json.loads((folder/'summary.json').read_text())) + f"\n\nwritten to {folder}: {', '.join(found)}")
+        say('\n' + summary_text(read_summary(folder)) + f"\n\nwritten to {folder}: {', '.join(found)}")
 
 def recipes():
     "List the recipes, what they train, and what that is expected to cost"
@@ -104,7 +106,7 @@ def _where(folder, config):
 
 def _again(folder, config):
     "A finished run is shown, not run again"
-    s = json.loads((folder/'summary.json').read_text())
+    s = read_summary(folder)
     if s['config'] != dataclasses.asdict(config): raise FileExistsError(f"{folder} holds a finished run with other settings: choose another folder with --out, or --overwrite it")
     print(f"This run is finished; here are its results again (--overwrite runs it anew).\n\n{summary_text(s)}\n\nin {folder}")
 
@@ -180,8 +182,10 @@ def deploy(
     rounds:int=15, # Of timing, in which the forms take turns
 ):
     "Make a pruned network smaller and faster, measure it in all its forms, and write its files"
-    torch.set_num_threads(threads or torch.get_num_threads())
-    print(deploy_run(run, out, batches=tuple(_numbers('batches', batches, int)), compiled=not no_compile, onnx=not no_onnx, rounds=rounds, say=lambda text: print(f'{text} …', file=sys.stderr, flush=True)))
+    if threads is not None: torch.set_num_threads(whole_number('threads', threads))
+    say = lambda text: print(f'{text} …', file=sys.stderr, flush=True)
+    how = dict(batches=_numbers('batches', batches, int), compiled=not no_compile, onnx=not no_onnx, rounds=rounds, say=say)
+    print(deploy_run(run, out, **how))
     print(f"\nwritten to {out or Path(run)/'deploy'}")
 
 def methods():
@@ -218,6 +222,7 @@ def _interrupt(*_): raise KeyboardInterrupt
 
 def main():
     "The `hyperflux` command"
+    speak_plainly()
     commands, args = {'prune': prune, 'recipes': recipes, 'compare': compare, 'methods': methods, 'report': report, 'deploy': deploy}, sys.argv[1:]
     if not args or args[0] in ('-h', '--help'): return print(_USAGE)
     if args[0] == '--version': return print(f'hyperflux {__version__}')

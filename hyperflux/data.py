@@ -25,7 +25,7 @@ def epoch_order(
     seed:int=0, # Seed of the run
 ) -> torch.Tensor: # A permutation of 0 … n − 1, on the CPU
     "The order of the examples in one epoch: a pure function of the seed and the epoch."
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003*seed + epoch))
+    return torch.randperm(n, generator=torch.Generator('cpu').manual_seed(1_000_003*seed + epoch), device='cpu')
 
 # %% ../nbs/04_data.ipynb #213329db
 class Order:
@@ -72,7 +72,7 @@ class Order:
     def next_pass(self) -> tuple[int, list[torch.Tensor]]: # The epoch, and this process's examples in each of its batches
         "What the next pass reads; the one after it belongs to the next epoch."
         epoch, start, self.epoch, self.start = self.epoch, self.start, self.epoch + 1, 0
-        order = epoch_order(self.n, epoch, self.seed) if self.shuffle else torch.arange(self.n)
+        order = epoch_order(self.n, epoch, self.seed) if self.shuffle else torch.arange(self.n, device='cpu')
         return epoch, [i[self.rank::self.world] for i in order.split(self.batch_size)[start:len(self)]]
 
 # %% ../nbs/04_data.ipynb #b9d47793
@@ -98,7 +98,7 @@ class DeviceLoader(Order):
         if len(labels) != len(images): raise ValueError(f"{len(images):,} images but {len(labels):,} labels; expected one label for each image")
         super().__init__(len(images), batch_size, shuffle, seed, drop_last, rank, world)
         self.images, self.labels, self.augment = images.to(device), labels.to(device), augment
-        self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32).reshape(-1, 1, 1).to(device) for o in (mean, std))
+        self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32, device=device).reshape(-1, 1, 1) for o in (mean, std))
     def normalize(self, x:torch.Tensor) -> torch.Tensor: return x.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
     def __iter__(self):
         epoch, shares = self.next_pass()
@@ -141,7 +141,7 @@ def pixel_stats(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]: # Mean and standard deviation per channel, of pixels scaled to [0, 1]
     "Mean and standard deviation of the pixels in each channel."
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
-    v, p = torch.arange(256).double()/255, counts/counts.sum(1, keepdim=True)
+    v, p = torch.arange(256, dtype=torch.float64, device=counts.device)/255, counts/counts.sum(1, keepdim=True)
     mean = p@v
     return tuple(mean.tolist()), tuple((p@v**2 - mean**2).sqrt().tolist())
 
@@ -258,7 +258,7 @@ def _read(name, root, download):
         import torchvision
         folder = find_cifar(name, root, download)
         sets = [getattr(torchvision.datasets, cifar_sets[name])(folder, train=t) for t in (True, False)]
-        return tuple(sets[0].classes), *(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets)
+        return tuple(sets[0].classes), *(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets, device='cpu')) for s in sets)
     folder, classes = find_idx(name, root, download), idx_sets[name][1]
     return classes, *(_read_split(folder, s, classes) for s in ('train', 'test'))
 

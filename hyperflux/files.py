@@ -21,6 +21,7 @@ from .channels import evaluating
 from .checkpoint import atomic
 from .flux import format_table
 from .shards import sharded
+from .weights import check_shared
 
 # %% ../nbs/09b_files.ipynb #6db79322
 DTYPES = {n: getattr(torch, n) for n in ('float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 '
@@ -227,7 +228,7 @@ def load_sparse(
     model:nn.Module|None=None, # To be filled, on any device; None: the tensors are returned
     limit:int=LIMIT, # Most bytes of dense weights to take memory for
 ): # The model; or a dict of name → tensor, where tied names have the same tensor
-    "The network as it was saved, bit by bit; ValueError, and the model unchanged, if the file is not whole, not ours or of another network"
+    "The network as it was saved, bit by bit; ValueError, and the model unchanged, if the file is not whole, not ours or does not fit"
     state, about = _tensors(path, limit)
     if model is None: return state
     plain = getattr(model, '_orig_mod', model)
@@ -237,6 +238,7 @@ def load_sparse(
     differ += [f'the model has no {n}' for n in state if n not in own] + [f'the file has no {n}' for n in own if n not in state]
     more = f' and {len(differ) - 4} more'*(len(differ) > 4) + '; make the model as it was when it was saved, or leave it out to get the tensors'
     if differ: raise ValueError(f"{path} ({about.get('architecture', 'a dict of tensors')}) does not fit this {type(plain).__name__}: {'; '.join(differ[:4])}{more}")
+    check_shared(own, state, path)
     plain.load_state_dict(state)
     return model
 
@@ -266,10 +268,11 @@ def export_onnx(
 def _exported(model, args, dynamic, tol):
     "The bytes of an ONNX file, and how far its outputs are from PyTorch's on the example and on inputs like it, also in batches of other sizes"
     import onnxruntime
-    n, options, generator, worst = len(args[0]), onnxruntime.SessionOptions(), torch.Generator().manual_seed(0), 0.
+    n, options, generator, worst = len(args[0]), onnxruntime.SessionOptions(), torch.Generator('cpu').manual_seed(0), 0.
     def like(x, m):                                                           # normal, of the same mean and spread; whole numbers drawn from its own
-        if x.is_floating_point(): return torch.randn(m, *x.shape[1:], generator=generator).to(x)*x.std(correction=0) + x.mean()
-        return x.cpu().flatten()[torch.randint(x.numel(), (m, *x.shape[1:]), generator=generator)].to(x)
+        how, shape = dict(generator=generator, device='cpu'), (m, *x.shape[1:])
+        if x.is_floating_point(): return torch.randn(shape, dtype=torch.float32, **how).to(x)*x.std(correction=0) + x.mean()
+        return x.cpu().flatten()[torch.randint(x.numel(), shape, **how)].to(x)
     given = tuple(torch.cat([x, x]) if dynamic and n == len(x) == 1 else x for x in args)                # torch.export takes a size of 1 for a constant
     shapes = tuple({0: torch.export.Dim('batch')} if len(x) == n else None for x in args) if dynamic else None
     data = torch.onnx.export(model, given, dynamo=True, dynamic_shapes=shapes, verbose=False).model_proto.SerializeToString()

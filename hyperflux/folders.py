@@ -92,9 +92,9 @@ class FolderLoader(Order):
         if workers is None: workers = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)//world)
         if workers < 0: raise ValueError(f"workers={workers}; expected 0 or more worker processes")
         self.device, self.keys = torch.device(device), _Keys()
-        self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32).reshape(-1, 1, 1).to(device) for o in (mean, std))
+        self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32, device=device).reshape(-1, 1, 1) for o in (mean, std))
         self.source = DataLoader(pictures, batch_sampler=self.keys, collate_fn=_collate, num_workers=workers, worker_init_fn=_start_worker,
-                                 persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+                                 persistent_workers=workers > 0, pin_memory=self.device.type == 'cuda', generator=torch.Generator('cpu'))
 
     normalize = DeviceLoader.normalize
     def __iter__(self):
@@ -142,7 +142,7 @@ def _files(folder, name):
     "What torchvision's ImageFolder finds; no class without an image"
     from torchvision.datasets import ImageFolder
     found = ImageFolder(folder, allow_empty=True)
-    labels = torch.tensor([c for _, c in found.samples], dtype=torch.int64)
+    labels = torch.tensor([c for _, c in found.samples], dtype=torch.int64, device='cpu')
     empty = (torch.bincount(labels, minlength=len(found.classes)) == 0).nonzero().flatten().tolist()
     if empty:
         more = f" (and {len(empty) - 1:,} more such folders)"*(len(empty) > 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 # %% ../nbs/09a_kernels.ipynb #6f83b10e
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')                                       # that CSR tensors are in beta is said once in a process, and is said here
-    torch.zeros(1, 1).to_sparse_csr()
+    torch.zeros(1, 1, device='cpu', dtype=torch.float32).to_sparse_csr()
 
 # %% ../nbs/09a_kernels.ipynb #23e9da00
 def _csr(crow, col, val, x, bias):
@@ -77,7 +77,7 @@ def operator(
     "A convolution as a sparse matrix; rows and columns in the order (y, x, channel) for pixel, else (channel, y, x)"
     o, ky, kx, c = weight.permute(0, 2, 3, 1).nonzero(as_tuple=True)
     v, c = weight[o, c, ky, kx], c + o//(g.O//g.groups)*weight.shape[1]
-    ys, xs = torch.arange(g.Ho if form != 'image' else 1)[:, None, None], torch.arange(g.Wo if form == 'pixel' else 1)[:, None]
+    ys, xs = torch.arange(g.Ho if form != 'image' else 1, device='cpu')[:, None, None], torch.arange(g.Wo if form == 'pixel' else 1, device='cpu')[:, None]
     iy, ny = (ky, g.KY) if form == 'image' else (ys*g.sy - g.top + ky*g.dy, g.H)
     ix, nx = (xs*g.sx - g.left + kx*g.dx, g.W) if form == 'pixel' else (kx, g.KX)
     row, col = ((ys*g.Wo + xs)*g.O + o, (iy*nx + ix)*g.C + c) if form == 'pixel' else ((o*len(ys) + ys)*len(xs) + xs, (c*ny + iy)*nx + ix)

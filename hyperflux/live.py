@@ -15,6 +15,7 @@ from .compare import cells, check_cells, dense_config, finished
 from .comparison import Comparison, head
 from .data import load_data
 from .flux import format_table
+from .progress import in_notebook
 from .recipes import Config, cost
 from .rehearsal import rehearse
 from .results import duration
@@ -31,7 +32,7 @@ class LiveTable:
         self.args, self.clock, self.stream = (base, methods, sparsities, seeds, own_epochs), clock, stream or sys.stdout
         self.epochs = {_key(vars(c)): c.config.epochs for c in cells(*self.args)}
         self.before = {_key(vars(c)) for c in cells(*self.args) if finished(c, out)}
-        self.kind = kind if kind != 'auto' else 'notebook' if _in_notebook() else 'terminal' if self.stream.isatty() else 'lines'
+        self.kind = kind if kind != 'auto' else 'notebook' if in_notebook() else 'terminal' if self.stream.isatty() else 'lines'
         self.start, self.said, self.height, self.handle = clock(), set(), 0, None
 
     def __call__(self, rows, total):
@@ -72,10 +73,6 @@ class LiveTable:
         else: self.handle.update(Markdown(text))
 
 def _key(r): return r['method'], r['budget'], r['sparsity'], r['seed']
-
-def _in_notebook():
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    return type(shell).__name__ == 'ZMQInteractiveShell'
 
 # %% ../nbs/07g_live.ipynb #315b8f77
 def plan_text(

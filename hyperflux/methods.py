@@ -40,10 +40,10 @@ def first_images(
 ): # images and labels, normalised and augmented as in training
     "The first images of the first epoch"
     run.train_loader.set_epoch(0)
-    xs, ys, left = [], [], torch.full((classes or 1,), n)
+    xs, ys, left = [], [], torch.full((classes or 1,), n, device='cpu')
     for x, y in run.train_loader:
-        kind = y.cpu() if classes else torch.zeros(len(y), dtype=torch.long)
-        rank = torch.stack([(kind == c).cumsum(0) for c in range(classes or 1)])[kind, torch.arange(len(kind))]      # the how-manieth of its kind in this batch
+        kind = y.cpu() if classes else torch.zeros(len(y), dtype=torch.long, device='cpu')
+        rank = torch.stack([(kind == c).cumsum(0) for c in range(classes or 1)])[kind, torch.arange(len(kind), device='cpu')]      # the how-manieth of its kind in this batch
         take = rank <= left[kind]
         left -= torch.bincount(kind[take], minlength=len(left))
         xs.append(x[take.to(x.device)]); ys.append(y[take.to(y.device)])

@@ -9,10 +9,12 @@ __all__ = ['RECIPES', 'DATASETS', 'Config', 'learning_rate', 'recipe', 'cost', '
 import dataclasses, difflib, hashlib, json, math
 from dataclasses import dataclass
 
+import torch
+
 from .flux import format_table
 from .hyperflux import Settings, authors
 from .methods import method
-from .pressure import check_sparsity
+from .pressure import as_number, check_sparsity
 
 # %% ../nbs/05b_recipes.ipynb #4888673d
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Config:
     seed:int = 0                        # of the network, the order of the images and the gates
 
     def __post_init__(self):
+        for f in dataclasses.fields(self): object.__setattr__(self, f.name, _own_number(f.type, getattr(self, f.name)))
         check_sparsity(self.sparsity)
         for f in dataclasses.fields(self): _check_type(f, getattr(self, f.name))
         for k, known in _choices.items(): _check_choice(k, getattr(self, k), known)
@@ -97,6 +100,11 @@ class Config:
 _rates = 'dense_lr', 'dense_final_lr', 'prune_lr', 'prune_final_lr', 'regrow_lr', 'regrow_final_lr'
 _choices = dict(optimizer=('adam', 'adamw', 'sgd'), schedule=('cosine', 'step'), precision=('float32', 'bf16', 'fp16'),
                 task=('lenet', 'cifar', 'imagenet'))
+
+def _own_number(kind, value):
+    "NumPy's and PyTorch's numbers as Python's, since the record is hashed and written as JSON"
+    n = as_number(value)
+    return int(n) if n is not value and kind is int and isinstance(n, float) and n.is_integer() else n
 
 def _check_type(field, value):
     fits = isinstance(value, (int, float) if field.type is float else field.type) and (field.type is bool or not isinstance(value, bool))
@@ -181,12 +189,14 @@ DATASETS = { # Name → training images, shape, classes
     'cifar10': (50_000, (3, 32, 32), 10), 'cifar100': (50_000, (3, 32, 32), 100), 'imagenet': (1_281_167, (3, 224, 224), 1000)}
 
 def cost(
-    config:Config, # Of a data set in DATASETS
+    config:Config, # Of a data set in DATASETS; else ValueError
     rate:float=1e14, # Sustained floating-point operations a second
 )->dict: # weights (parameters), gflop (forward, one image), images (trained on, all epochs), pflop (all training), hours (at `rate`)
     "An estimate of what a run will take"
-    import torch
     from hyperflux.models import flops, make_model
+    if config.data not in DATASETS:
+        raise ValueError(f"nothing is known of the data {config.data!r}, so that no cost can be told{_near(config.data, DATASETS)}; "
+                         f"there is {', '.join(DATASETS)}")
     n, shape, classes = DATASETS[config.data]
     if config.size: shape = (shape[0], config.size, config.size)
     with torch.device('meta'): model = make_model(config.model, classes, shape)

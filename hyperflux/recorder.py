@@ -74,12 +74,12 @@ def spread_places(
 )->Tensor: # Places, in order
     "Draws places as evenly from all layers as their sizes allow, so that small layers are seen too"
     if not 0 < n <= sum(sizes): raise ValueError(f"weights says how many of {sum(sizes):,} to watch: got {n}")
-    g, left, take = torch.Generator().manual_seed(seed), n, [0]*len(sizes)
+    g, left, take = torch.Generator('cpu').manual_seed(seed), n, [0]*len(sizes)
     for k, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):                     # the smallest layer first
         take[i] = min(sizes[i], left//(len(sizes) - k))
         left -= take[i]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    return torch.cat([s + torch.randperm(n, generator=g)[:k].sort().values for s, n, k in zip(starts, sizes, take)])
+    return torch.cat([s + torch.randperm(n, generator=g, device='cpu')[:k].sort().values for s, n, k in zip(starts, sizes, take)])
 
 # %% ../nbs/08b_recorder.ipynb #68507a5f
 def place_names(

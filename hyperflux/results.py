@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
-           'duration', 'plot_run', 'origin', 'clear_run', 'write_results', 'read_summary']
+           'duration', 'plot_run', 'origin', 'clear_run', 'write_results', 'read_summary', 'load_run']
 
 # %% ../nbs/06d_results.ipynb #c89e7190
 import csv, dataclasses, json, math, os, platform, subprocess, zlib
@@ -18,7 +18,10 @@ from . import __version__
 from .checkpoint import atomic, checkpoints
 from .flux import plot_flux
 from .methods import method
-from .pruner import density_table
+from .models import make_model, usual_defaults
+from .tally import density_table
+from .recipes import DATASETS, Config
+from .weights import load_weights
 
 # %% ../nbs/06d_results.ipynb #2071ec7b
 def write_history(
@@ -74,9 +77,10 @@ def summary(
 )->dict: # Numbers and the layers' rows
     "What the run asked for and what it reached"
     p, rows, last = run.pruner, run.pruner.layers(), run.history[-1]
-    return dict(config=dataclasses.asdict(run.config), dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'],
+    data = dict(in_shape=list(run.data.in_shape), n_classes=run.data.n_classes)
+    return dict(config=dataclasses.asdict(run.config), **data, dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'],
                 split='valid' if run.config.valid else 'test', sparsity_asked=run.config.sparsity, sparsity_reached=1 - rows[-1]['left']/p.d,
-                keep=p.keep, left=rows[-1]['left'], weights=p.d, layers=rows)
+                keep=p.keep, left=rows[-1]['left'], present=p.present, differs=p.differs(), weights=p.d, layers=rows)
 
 def summary_text(
     s:dict, # From `summary`
@@ -88,8 +92,10 @@ def summary_text(
             ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
     if 'sizes' in s: rows += [('model.safetensors', f"{s['sizes']['dense']/1e3:,.1f} kB"), ('the same, compressed', f"{s['sizes']['compressed']/1e3:,.1f} kB")]
     if 'seconds' in s: rows.append(('training time', duration(s['seconds'])))
-    if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True)
-    return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers'])
+    differs = s.get('differs', '')                            # the model from the mask; older summaries do not know
+    end = f"\n\nThe model is not what the pruner made it: {differs}"*bool(differs)
+    if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True) + end
+    return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers']) + end
 
 def duration(
     seconds:float,
@@ -144,10 +150,11 @@ def origin(
 )->dict: # version, commit (None outside of git, '+' if the package differs from it), torch, python, hardware, date
     "Where a run was made"
     here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
-    git = lambda *a: subprocess.run(['git', *a], cwd=here, text=True, capture_output=True, check=True).stdout.strip()
+    text = dict(encoding='utf-8', errors='replace')
+    git = lambda *a: subprocess.run(['git', *a], cwd=here, capture_output=True, check=True, **text).stdout.strip()
     try: commit = git('rev-parse', '--short=10', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', '.'))
     except (OSError, subprocess.CalledProcessError): commit = None
-    try: cpu = next(s.split(':', 1)[1].strip() for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('model name'))
+    try: cpu = next(s.split(':', 1)[1].strip() for s in Path('/proc/cpuinfo').read_text(**text).splitlines() if s.startswith('model name'))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     hardware = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else cpu
     return dict(version=__version__, commit=commit, torch=torch.__version__, python=platform.python_version(), hardware=hardware, cores=os.cpu_count(), date=str(date.today()))
@@ -162,8 +169,9 @@ def clear_run(
 
 def _weights(model):
     "The model in safetensors' format; a shared tensor once, under its first name"
-    once = {id(v): (k, v) for k, v in reversed(model.state_dict(keep_vars=True).items())}
-    return save({k: v.detach().cpu().contiguous() for k, v in once.values()})
+    state = model.state_dict(keep_vars=True)                               # in which a module may have more than tensors
+    once = {id(v): (k, v) for k, v in reversed(state.items()) if isinstance(v, torch.Tensor)}
+    return save({k: v.detach().cpu().contiguous().clone() for k, v in once.values()})      # views get memory of their own
 
 def write_results(
     run, # A finished `Run`
@@ -189,3 +197,25 @@ def read_summary(
         raise FileNotFoundError(f"{folder} holds no finished run (no summary.json)" + (f"; it holds runs, name one of them: {have}" if have else "; hyperflux prune --resume --out FOLDER goes on with one that was stopped"))
     try: return json.loads((folder/'summary.json').read_text(encoding='utf-8'))
     except (ValueError, OSError) as e: raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
+
+# %% ../nbs/06d_results.ipynb #6a1c0f61
+def load_run(
+    folder, # Of a finished run
+)->tuple: # Its network, its summary, the shape of one input; FileNotFoundError or ValueError if that cannot be had
+    "The network that a run left behind"
+    s = read_summary(folder)
+    c = Config(**s['config'])
+    shape, classes = _data_of(folder, s, c)
+    with usual_defaults(): net = make_model(c.model, classes, shape)
+    got = load_weights(net, Path(folder)/'model.safetensors')
+    if got['missing'] or got['skipped']: raise ValueError(f"{folder}: model.safetensors does not fit {c.model} ({got['missing'] or got['skipped']}): run it again with --overwrite")
+    return net.eval(), s, shape
+
+def _data_of(folder, s, c):
+    "Shape of an input and number of classes: as the run wrote them down, or for older ones those of the data set"
+    if 'in_shape' in s: return tuple(s['in_shape']), s['n_classes']
+    if c.data not in DATASETS:
+        raise ValueError(f"{folder} does not say what its inputs are, and there is no data set {c.data!r} to ask: write \"in_shape\" and "
+                         "\"n_classes\" into its summary.json, such as [1, 28, 28] and 10, or call deploy with the network and an example")
+    _, shape, classes = DATASETS[c.data]
+    return (shape[0], c.size, c.size) if c.size else shape, classes

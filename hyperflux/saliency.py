@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .baselines import Baseline, Random, apportion, magnitude, top
-from .driving import optimizers_in
+from .optimizers import optimizers_in
 from .pressure import cubic
 from .pruner import check_steps
 

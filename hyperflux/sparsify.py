@@ -19,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .compact import flat_outputs, relative_gap
 from .flux import format_table
 from .kernels import _EASY, Geometry, SparseChain, SparseConv2d, SparseLinear, turn
+from .models import whole_number
+from .operations import inputs_of
 
 # %% ../nbs/09a_sparsify.ipynb #c1135395
 def turns(
@@ -195,7 +197,7 @@ def sparsify(
     limit:int=2**23, # Entries of the largest matrix tried, 8 bytes each
 )->tuple: # The model, in eval mode, with the fastest kernel for each layer, and a `Sparsification`
     "Replaces layers by sparse ones where these are faster here, with this batch and number of threads; never slower than the model given"
-    args = example if isinstance(example, tuple) else (example,)
+    args, rounds = inputs_of(example), whole_number('rounds', rounds)
     where = {t.device.type for t in [*model.parameters(), *model.buffers(), *flat_outputs(args)]}
     if where - {'cpu'}: raise ValueError(f"sparse kernels run on a CPU: got a model and an example on {', '.join(sorted(where))}; move both with .cpu()")
     if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported(): raise ValueError("this CPU has no bfloat16 instructions: call with bf16=False")

@@ -47,7 +47,7 @@ def mp_density(
     sigma2:float=1., # Variance of the entries, > 0
 )->Tensor: # 0 outside of the bulk
     "The Marchenko–Pastur density"
-    r, x = _check_law(c, sigma2), torch.as_tensor(x, dtype=torch.float64)
+    r, x = _check_law(c, sigma2), torch.as_tensor(x, dtype=torch.float64, device='cpu')
     inside = (sigma2*(1 + r)**2 - x)*(x - sigma2*(1 - r)**2)
     return torch.where((inside > 0) & (x > 0), inside.clamp(min=0).sqrt()/(2*math.pi*c*sigma2*x), 0.)
 
@@ -60,7 +60,7 @@ def mp_cdf(
     sigma2:float=1., # Variance of the entries, > 0
 )->Tensor: # In [0, 1]
     "Share of the law at or below `x`"
-    r, x = _check_law(c, sigma2), torch.as_tensor(x, dtype=torch.float64)
+    r, x = _check_law(c, sigma2), torch.as_tensor(x, dtype=torch.float64, device='cpu')
     return _below(((1 + c - x/sigma2)/(2*r)).clamp(-1, 1).acos(), c, r)
 
 def mp_quantile(
@@ -69,7 +69,7 @@ def mp_quantile(
     sigma2:float=1., # Variance of the entries, > 0
 )->Tensor:
     "Where the law has the share `q` at or below it"
-    r, q = _check_law(c, sigma2), torch.as_tensor(q, dtype=torch.float64)
+    r, q = _check_law(c, sigma2), torch.as_tensor(q, dtype=torch.float64, device='cpu')
     if not ((q >= 0) & (q <= 1)).all(): raise ValueError(f"shares lie in [0, 1]: got {q.min():g} to {q.max():g}")
     low, high = torch.zeros_like(q), torch.full_like(q, math.pi)
     for _ in range(52):
@@ -85,7 +85,7 @@ def tracy_widom(
     "Distribution function of the Tracy–Widom law of real matrices"
     x, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(40))
     x, w = s + 8*(x + 1), (8*w).sqrt()                                  # from s to s + 16, where Ai has died out
-    return torch.linalg.det(torch.eye(40, dtype=torch.float64) - w[:, None]*torch.special.airy_ai((x[:, None] + x)/2)/2*w).item()
+    return torch.linalg.det(torch.eye(40, dtype=torch.float64, device='cpu') - w[:, None]*torch.special.airy_ai((x[:, None] + x)/2)/2*w).item()
 
 @lru_cache
 def tw_quantile(
@@ -126,7 +126,7 @@ def fit_bulk(
     if not 0 <= alpha < .5: raise ValueError(f"alpha is the share of eigenvalues to leave out at either end, 0 <= alpha < 0.5: got {alpha:g}")
     t, e, n = tw_quantile(1 - beta), eigenvalues(weight).cpu(), max(matrix(weight).shape)
     p, c = len(e), len(e)/n
-    shares = (torch.arange(p, dtype=torch.float64) + .5)/p
+    shares = (torch.arange(p, dtype=torch.float64, device='cpu') + .5)/p
     middle = (shares - .5).abs() <= .5 - alpha + 1e-9
     if middle.sum() < 3: raise ValueError(f"only {int(middle.sum())} of {p} eigenvalues lie between the shares {alpha:g} and {1 - alpha:g}, too few for a fit, which needs 3: take a smaller alpha, or leave this layer out")
     q = mp_quantile(shares[middle], c)
@@ -135,7 +135,7 @@ def fit_bulk(
     r = math.sqrt(c)
     edge = sigma2*((1 + r)**2 + t*n**(-2/3)*c**(-1/6)*(1 + r)**(4/3))
     under = e[e <= edge]
-    law, k = mp_cdf(under, c, sigma2), torch.arange(len(under) + 1, dtype=torch.float64)/len(under)
+    law, k = mp_cdf(under, c, sigma2), torch.arange(len(under) + 1, dtype=torch.float64, device='cpu')/len(under)
     error = max((k[1:] - law).max(), (law - k[:-1]).max()).item()
     return Bulk(p, n, c, sigma2, edge, len(under)/p, error, e)
 
@@ -152,7 +152,7 @@ def plot_spectrum(
     e, edge = b.eigenvalues.numpy()/b.sigma2, b.edge/b.sigma2
     bins = np.linspace(0, reach*edge, round(reach*min(36, max(8, b.p/8))))
     ax.hist(e, bins=bins, weights=np.full(b.p, 1/(b.p*(bins[1] - bins[0]))), color='C0', alpha=.5, label='eigenvalues')
-    x = torch.linspace(0, edge, 1000, dtype=torch.float64)
+    x = torch.linspace(0, edge, 1000, dtype=torch.float64, device='cpu')
     ax.plot(x, b.noise*mp_density(x, b.c), 'C1', label='Marchenko–Pastur')
     ax.axvline(edge, color='C3', lw=1, ls='--', label='edge')
     spikes = e[e > edge]

@@ -20,11 +20,13 @@ from .augment import Augment
 from .checkpoint import atomic, checkpoints, random_state, read_checkpoint, set_random_state, write_checkpoint
 from .data import Data, load_data
 from .methods import method
-from .models import load_weights, make_model
+from .models import load_weights, make_model, usual_defaults, whole_number
 from .processes import World, wrap
+from .progress import progress_of
 from .selection import select
 from .recipes import Config, learning_rate
 from .results import check_tensorboard, clear_run, summary, summary_text, tensorboard_log, write_history, write_results
+from .weights import check_shared
 
 # %% ../nbs/06_train.ipynb #5da6d8f7
 @torch.no_grad()
@@ -51,6 +53,7 @@ def evaluate(
 # %% ../nbs/06_train.ipynb #9fe48e68
 class Run:
     "A network on its way through the stages, with what is needed to stop and go on"
+    @usual_defaults()
     def __init__(self,
         config:Config,
         data:Data, # Or `FolderData`
@@ -86,6 +89,8 @@ class Run:
     def finished(self)->bool: return self.epoch >= self.config.epochs
     @property
     def step(self)->int: return self.epoch*len(self.train_loader) + self.batch
+    @property
+    def total(self)->int: return self.config.epochs*len(self.train_loader)
 
 @patch
 def _test_loader(self:Run, split, share, size=1000):
@@ -143,7 +148,7 @@ def update(self:Run):
 # %% ../nbs/06_train.ipynb #f8744f90
 def train_epoch(
     run:Run,
-    show=lambda text: None, # Called now and then with a line for the progress bar
+    show=lambda now: None, # Called now and then with the numbers that matter, as `text_of` takes them
     save=lambda: None, # Called after every `save_steps` steps
     save_steps:int=1000,
 )->float: # The epoch's mean loss; FloatingPointError if it is not finite
@@ -156,17 +161,22 @@ def train_epoch(
         run.loss = run.loss + run.backward(x, y, loader.total(i))
         run.update()
         run.batch = i + 1
-        if run.batch % max(1, n//20) == 0 or run.batch in (1, n): show(_progress(run, (run.batch - start)*c.batch_size/(time.perf_counter() - began)))
+        if run.batch % max(1, n//20) == 0 or run.batch in (1, n): show(_now(run, run.batch - start, began))
         if run.batch % save_steps == 0 and run.batch < n: save()
-    loss, run.loss, run.batch = float(run.world.sum(torch.as_tensor(run.loss)))/n, 0., 0
+    loss, run.loss, run.batch = _mean_loss(run, n), 0., 0
     return loss
 
-def _progress(run, rate):
-    "What the bar says; here the host waits for the device"
-    loss, p = float(run.world.sum(torch.as_tensor(run.loss)))/run.batch, run.pruner
+def _mean_loss(run, steps):
+    return float(run.world.sum(torch.as_tensor(run.loss, dtype=torch.float32, device=run.device)))/steps
+
+def _now(run, steps, began):
+    "The numbers that matter; here the host waits for the device"
+    c, loss, p = run.config, _mean_loss(run, run.batch), run.pruner
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {run.batch}: training has diverged; try a lower {'prune' if p else 'dense'}_lr than {run.optimizer.param_groups[0]['lr']:.3g}, or clip=1")
-    return f"epoch {run.epoch + 1}, {run.stage}, loss {loss:.3f}, {rate:,.0f} images/s" + (f", density {p.density:.2%}" + (f", pressure {p.gamma:.3g}" if hasattr(p, 'gamma') else '') if p else '')
+    rate = steps*c.batch_size/(time.perf_counter() - began)
+    now = dict(epoch=run.epoch + 1, epochs=c.epochs, stage=run.stage, step=run.step, steps=run.total, loss=loss, rate=rate)
+    return now | (dict(density=p.density) | (dict(pressure=p.gamma) if hasattr(p, 'gamma') else {}) if p else {})
 
 # %% ../nbs/06_train.ipynb #3686cda2
 def no_denormals():
@@ -174,6 +184,7 @@ def no_denormals():
     for t in np.float32, np.float64: np.finfo(t)              # NumPy looks for its smallest number once, and would warn if it found 0
     torch.set_flush_denormal(True)
 
+@usual_defaults()
 def fit(
     config:Config=Config(),
     out=None, # Folder for the checkpoints and all results; None: nothing is written
@@ -182,7 +193,7 @@ def fit(
     overwrite:bool=False, # Begin anew, in the place of a run in `out`
     device='cpu', # Where to train
     compile:bool=False, # The network and the update of the gates, by torch.compile
-    progress:bool=True, # Show a progress bar
+    progress:bool=True, # Show how far it is: a bar on a terminal and in a notebook, else a line for each epoch
     data:Data|None=None, # Instead of loading config.data
     save_steps:int=1000, # Steps between checkpoints within an epoch
     until:int|None=None, # Stop after so many epochs; a later call with resume=True goes on
@@ -191,23 +202,25 @@ def fit(
 )->Run: # The run, finished unless `until` stops it; it prints as a table
     "Dense training, pruning, regrowth: a finished run, with results in `out`"
     if resume and overwrite: raise ValueError("resume goes on with a run, overwrite begins anew in its place: choose one of them")
+    save_steps = whole_number('save_steps', save_steps)
     no_denormals()
     run = Run(config, data or load_data(config.data, valid=config.valid, size=config.size), device, compile, world)
     if tensorboard: check_tensorboard(out)
     folder = None if out is None else _folder(Path(out), config, resume, overwrite, world)
     if resume: run.load(checkpoints(folder)[-1])
     log = tensorboard_log(folder, run.epoch) if tensorboard and world.main else lambda row: None
-    save, bar = (lambda: folder and run.save(folder)), _bar(run, progress and world.main)
+    save, show = (lambda: folder and run.save(folder)), progress_of(run.step, run.total, config.epochs, progress and world.main)
     while run.epoch < min(config.epochs, until or config.epochs):
         began, cpu = time.perf_counter(), time.process_time()
         if run.epoch == config.start and run.pruner is None:
             run.dense_accuracy = run.evaluate()['accuracy']
             run.start_pruning()
-        stage, loss = run.stage, train_epoch(run, bar, save, save_steps)
+        stage, loss = run.stage, train_epoch(run, show.step, save, save_steps)
         run.epoch += 1
         run.history.append(_row(run, stage, loss))
         run.seconds, run.cpu_seconds = run.seconds + time.perf_counter() - began, run.cpu_seconds + time.process_time() - cpu
         save()
+        show.epoch(run.history[-1])
         log(run.history[-1])
         if folder and world.main: write_history(run.history, folder/'history.csv')
     if folder and world.main and run.finished: write_results(run, folder)
@@ -233,18 +246,6 @@ def _row(run, stage, loss):
         if row['stage'] == 'prune' or run.flux is None: run.flux = p.meter.histogram()
         p.meter.reset()
     return row
-
-def _bar(run, wanted):
-    "Shows how many of the steps to come are done, and a line of text"
-    start, todo = run.step, run.config.epochs*len(run.train_loader) - run.step
-    if not wanted or not todo: return lambda text: None
-    from fastprogress.fastprogress import progress_bar        # brings a web toolkit with it: not on import
-    bar = progress_bar(range(todo))
-    bar.update(0)
-    def show(text):
-        bar.comment = text
-        bar.update(run.step - start)
-    return show
 
 def _folder(folder, config, resume, overwrite, world):
     "The folder, made and writable, or a clear error before any work is done"
@@ -284,6 +285,9 @@ def load(self:Run, path):
     differ = [k for k in mine if theirs[k] != mine[k]]
     if differ: raise ValueError(f"{path} belongs to another run: " + ', '.join(f"{k} was {theirs[k]!r}, is {mine[k]!r}" for k in differ))
     if len(state['own']) != self.world.size: raise ValueError(f"{path} was written by {len(state['own'])} processes, now there are {self.world.size}: go on with as many as before")
+    own = self.model.state_dict()
+    fits = lambda k, v: k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape
+    check_shared(own, {k: v for k, v in state['model'].items() if fits(k, v)}, path)
     try: self.model.load_state_dict(state['model'])
     except RuntimeError as e: raise ValueError(f"{path} is a checkpoint of another model: {str(e).splitlines()[1].strip()}") from e
     if state['pruner']:

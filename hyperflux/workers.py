@@ -15,6 +15,8 @@ import torch
 try: import fcntl
 except ImportError: fcntl = None                                        # Windows: there nothing is locked
 
+from .progress import speak_plainly
+
 # %% ../nbs/06f_workers.ipynb #e5cc61f7
 def _attempt(do, *args):
     "Its result and None, or None and what went wrong"
@@ -29,6 +31,7 @@ def _worker(pipe, threads):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                            # the parent decides
     threading.Thread(target=lambda: (connection.wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()       # and when it is killed, so are we
     torch.set_num_threads(threads)
+    speak_plainly()
     pipe.send(None)
     while True: pipe.send(_attempt(*pipe.recv()))
 

@@ -66,7 +66,10 @@ def test_what_cannot_be_deployed_says_so():
     with pytest.raises(ValueError, match='at least one sample'): deploy(net, x[:0])
     with pytest.raises(ValueError, match='whole numbers from 1'): deploy(net, x, batches=(1, 0))
     with pytest.raises(ValueError, match='another device'): deploy(net.to('meta'), x)
-    with pytest.raises(RuntimeError, match='cannot follow'):
-        class Asks(nn.Linear):
-            def forward(self, x): return super().forward(x) if x.sum().item() > 0 else -x
-        deploy(Asks(4, 4), torch.randn(2, 4))
+
+
+def test_what_cannot_be_followed_is_left_out_and_named():
+    class Asks(nn.Linear):
+        def forward(self, x): return super().forward(x) if x.sum().item() > 0 else -x
+    report = deploy(Asks(4, 4), torch.randn(2, 4), batches=(1,), compiled=False, onnx=False, rounds=3)
+    assert 'cannot follow' in report.skipped['compacted'] and 'Not there: compacted' in str(report) and [r['form'] for r in report.speed] == ['dense', 'sparsified (as dense)']

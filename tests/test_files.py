@@ -94,6 +94,9 @@ def test_after_pruning_in_training(tmp_path):
     pruner = Hyperflux(net, optimizer, sparsity=.95, steps=120)
     for _ in range(120): optimizer.zero_grad(); net(torch.randn(8, 1, 28, 28)).square().mean().backward(); optimizer.step()
     exact, plain = save_sparse(net, tmp_path/'exact'), save_sparse(net, tmp_path/'plain', plain_zeros=True)
+    assert exact.bytes == plain.bytes and exact.negative_zeros == 0                             # a pruner leaves +0
+    with torch.no_grad(): net[1].weight[net[1].weight == 0] = -0.                                # as a mask times a negative weight would
+    exact, plain = save_sparse(net, tmp_path/'exact'), save_sparse(net, tmp_path/'plain', plain_zeros=True)
     assert same(load_sparse(tmp_path/'exact', lenet300()).state_dict(), net.state_dict())
     back, x = load_sparse(tmp_path/'plain', lenet300()), torch.randn(5, 1, 28, 28)
     assert torch.equal(back(x), net(x)) and sum(int((p.view(torch.int32) != 0).sum()) for p in back.parameters() if p.ndim == 2) == pruner.keep
