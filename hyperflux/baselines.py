@@ -196,7 +196,7 @@ class LayerMagnitude(Baseline):
 class Random(Baseline):
     "Any weights"
     def __init__(self, model, optimizer, *, seed:int=0, **how):
-        self.seed = seed
+        self.seed = as_number(seed)
         super().__init__(model, optimizer, **how)
     def score(self): return torch.rand(self.d, generator=torch.Generator('cpu').manual_seed(self.seed), dtype=torch.float32, device='cpu').to(self.mask)
 

@@ -13,20 +13,27 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
-from .channels import Channels, evaluating, needed, stand_in
+from .channels import Channels, copied, first_line, needed, plainly, stand_in
 from .flux import format_table
 
 # %% ../nbs/09_compact.ipynb #576d4056
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                             # those that can take a bias if they have none
 
 def _owner(model, name): return model.get_submodule(name.rpartition('.')[0])
+def _tensor(model, name): return getattr(_owner(model, name), name.rpartition('.')[2])
+
+def _foldable(model, reader):
+    "Whether this layer can take over a constant: it adds a bias of its own and nobody else's, or could"
+    layer, leaf = _owner(model, reader.name), reader.name.rpartition('.')[2]
+    if not isinstance(layer, LAYERS) or leaf != 'weight' or not isinstance(layer.weight, nn.Parameter): return False
+    return reader.padded or bool(reader.bias) or reader.bias == '' and layer.bias is None
 
 def _fold(model, ch, stay):
     "Constants of channels that go, into the layers that read them"
     for r in ch.readers:
         gone = ~stay[r.ids] & ~np.isnan(r.const) & (r.const != 0) & r.read[stay[r.out]].any(0)
-        layer = _owner(model, r.name)
-        if not gone.any() or not isinstance(layer, LAYERS): continue            # others keep what they need; a row that stays only so that there is one may compute anything
+        if not gone.any() or not _foldable(model, r): continue          # others keep what they need; a row that stays only
+        layer = _owner(model, r.name)                                   # so that there is one may compute anything
         w, c = layer.weight, torch.from_numpy(np.where(gone, r.const, 0)).to(layer.weight)
         if r.padded:
             rep = stand_in(r)
@@ -42,7 +49,7 @@ def _fold(model, ch, stay):
 def _cut(model, ch, stay):
     for name in dict.fromkeys(n for n, _ in ch.claims):
         layer, leaf = _owner(model, name), name.rpartition('.')[2]
-        t = old = getattr(layer, leaf)
+        t = old = _tensor(model, name)
         for d in range(t.ndim):
             ids = ch.claims.get((name, d))
             if ids is not None and not stay[ids].all(): t = t.index_select(d, torch.from_numpy(np.flatnonzero(stay[ids])).to(t.device))
@@ -72,7 +79,7 @@ def relative_gap(a, b)->float: # 0: equal; infinite: other shapes, or not finite
     if [o.shape for o in a] != [o.shape for o in b]: return float('inf')
     gap = 0.
     for x, y in zip(a, b):
-        x, y = x.double(), y.double()
+        x, y = (o.cpu().to(torch.complex128 if o.is_complex() else torch.float64) for o in (x, y))
         if not torch.equal(x.isfinite(), y.isfinite()): return float('inf')
         x, y = x[x.isfinite()], y[y.isfinite()]
         if x.numel(): gap = max(gap, ((x - y).abs().max()/x.abs().max().clamp(min=1e-30)).item())
@@ -80,12 +87,14 @@ def relative_gap(a, b)->float: # 0: equal; infinite: other shapes, or not finite
 
 def random_like(x, seed):
     "Another input of this kind: normal numbers; for whole numbers, those of the example in another order"
-    g = torch.Generator().manual_seed(seed)
-    if x.is_floating_point(): return torch.randn(x.shape, generator=g).to(x)
-    return x.flatten()[torch.randperm(x.numel(), generator=g).to(x.device)].view(x.shape)
+    g = torch.Generator(device='cpu').manual_seed(seed)
+    if x.is_floating_point() or x.is_complex():
+        dtype = torch.complex64 if x.is_complex() else torch.float32
+        return torch.randn(x.shape, generator=g, device='cpu', dtype=dtype).to(x)
+    return x.flatten()[torch.randperm(x.numel(), generator=g, device='cpu').to(x.device)].view(x.shape)
 
-@torch.no_grad()
 def _check(model, small, example):
+    "The largest gap on the example and on three inputs like it"
     gap = 0.
     for seed in range(4):
         inputs = tuple(random_like(x, seed) if seed and isinstance(x, torch.Tensor) else x for x in example)
@@ -99,6 +108,7 @@ class Compaction:
     layers:list = field(default_factory=list) # name, before and after (out, in), weights before and after, nonzero: a dict each
     left:list = field(default_factory=list) # name, channels, why: dead channels that stay
     gap:float = 0. # Largest difference of outputs found, relative to the largest output
+    rounding:float|None = None # As large as that by rounding alone, in which case `gap` is in double precision
     views:bool = True # False: reshaped channels were left alone, since the model's code has their number written in
 
     @property
@@ -110,10 +120,12 @@ class Compaction:
 def text(self:Compaction, markdown=False)->str:
     "As tables"
     shape = lambda s: ' × '.join(map(str, s))
-    rows = [[r['name'], shape(r['shape']), shape(r['shape_after']), f"{r['weights']:,}", f"{r['weights_after']:,}", f"{r['weights_after']/r['weights']:.1%}"] for r in self.layers]
-    rows.append(['all', '', '', f'{self.before:,}', f'{self.after:,}', f'{self.after/max(1, self.before):.1%}'])
+    share = lambda before, after: [f'{before:,}', f'{after:,}', f'{after/max(1, before):.1%}']
+    rows = [[r['name'], shape(r['shape']), shape(r['shape_after']), *share(r['weights'], r['weights_after'])] for r in self.layers]
+    rows.append(['all', '', '', *share(self.before, self.after)])
     parts = [format_table(['layer', 'shape', 'compacted', 'weights', 'compacted', 'share'], rows, markdown=markdown)]
     if not self.views: parts.append("Reshaped channels were left alone: the model's code has their number written into a view.")
+    if self.rounding is not None: parts.append(f'In double precision outputs agree to {self.gap:.0e}; rounding makes them differ by {self.rounding:.0e}.')
     if self.left: parts.append('Dead channels that stay:\n' + '\n' * markdown + format_table(['layer', 'channels', 'because it'], [[r['name'], str(r['channels']), r['why']] for r in self.left], 3, markdown))
     return '\n\n'.join(parts)
 
@@ -137,35 +149,64 @@ def _left(ch, stay):
         rows += [dict(name=r.name.removesuffix('.weight'), channels=reasons.count(x), why=x) for x in dict.fromkeys(reasons)]
     return rows
 
-def _attempt(model, example, views):
-    ch = Channels(model, example, views)
-    small = copy.deepcopy(model).eval()
-    def foldable(name): return isinstance(_owner(small, name), LAYERS) and name.endswith('weight')
-    stay = needed(ch, foldable)
-    with torch.no_grad():
-        _fold(small, ch, stay)
-        _cut(small, ch, stay)
-        sizes = {r.name: (tuple(model.get_parameter(r.name).shape), tuple(small.get_parameter(r.name).shape)) for r in ch.readers}
+def _attempt(model, ch):
+    small = copied(model).eval()
+    stay = needed(ch, lambda reader: _foldable(small, reader))
+    _fold(small, ch, stay)
+    _cut(small, ch, stay)
+    sizes = {r.name: (tuple(_tensor(model, r.name).shape), tuple(_tensor(small, r.name).shape)) for r in ch.readers}
     rows = [dict(name=n.removesuffix('.weight'), shape=a, shape_after=b, weights=int(np.prod(a)), weights_after=int(np.prod(b))) for n, (a, b) in sizes.items()]
-    return small, Compaction(rows, _left(ch, stay), views=views)
+    return small, Compaction(rows, _left(ch, stay), views=ch.views)
+
+def _exact_gap(model, ch, example):
+    "The same surgery and the same comparison in double precision; infinite where the model cannot do that"
+    def double(x): return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    try:
+        whole = copied(model).eval().double()
+        return _check(whole, _attempt(whole, ch)[0], tuple(map(double, example)))
+    except Exception: return float('inf')                               # one type of numbers is written into its code
 
 # %% ../nbs/09_compact.ipynb #08f8ea2e
+def _given(model, example):
+    "The example as a tuple; ValueError if there is nothing to run, with what to do"
+    example = example if isinstance(example, tuple) else (example,)
+    empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t) or t.is_meta]
+    if empty: raise ValueError(f"{empty[0]} has no values yet, so there is nothing to compact: load or initialise the model")
+    if any(isinstance(x, torch.Tensor) and (x.ndim == 0 or len(x)) for x in example): return example
+    kinds = [f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}' for x in example]
+    raise ValueError(f"example is an input of the model, a tensor with at least one sample, or a tuple of inputs in their "
+                     f"order: got {', '.join(kinds) or 'an empty tuple'}. A model that takes them by name needs a wrapper")
+
+def _whole(model, example):
+    "A copy that gives the numbers to compare with, or the reason why there is none"
+    try:
+        whole = copied(model).eval()
+        outputs = flat_outputs(whole(*example))
+    except Exception as e:
+        why = f"the model cannot be copied and run on the example, so nothing can be compared: {first_line(e)}"
+        raise RuntimeError(why) from e
+    gives = '' if all(o.isfinite().all() for o in outputs) else 'NaN or infinity'
+    gives = gives if outputs else 'no tensors'
+    if gives: raise ValueError(f"the model gives {gives} on the example: there is nothing to compare with")
+    return whole
+
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, or a tuple of inputs
-    tolerance:float=1e-5, # How far outputs may differ, relative to the largest
+    tolerance:float=1e-5, # How far outputs may differ, relative to the largest; in double precision if rounding alone takes them further
 )->tuple: # The smaller model, in eval mode, and a `Compaction`; RuntimeError if it cannot be followed or does not agree
     "Takes out all channels that nobody needs; equal to the model in eval mode, and checked"
-    example = example if isinstance(example, tuple) else (example,)
-    if not any(isinstance(x, torch.Tensor) and x.numel() for x in example): raise ValueError(f"example is an input of the model, with at least one sample: got {example!r:.80}")
-    trouble = []
-    with evaluating(model):
-        if not all(o.isfinite().all() for o in flat_outputs(model(*example))): raise ValueError("the model gives NaN or infinity on the example: there is nothing to compare with")
+    example, trouble = _given(model, example), []
+    with plainly(*model.parameters(), *(x for x in example if isinstance(x, torch.Tensor))):
+        whole = _whole(model, example)
         for views in (True, False):
-            small, report = _attempt(model, example, views)
-            try: report.gap = _check(model, small, example)
-            except Exception as e: trouble.append(f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}')
+            ch = Channels(model, example, views)
+            try:
+                small, report = _attempt(model, ch)
+                report.gap = _check(whole, small, example)
+                if tolerance < report.gap < .1: report.gap, report.rounding = _exact_gap(model, ch, example), report.gap
+            except Exception as e: trouble.append(first_line(e))
             else:
                 if report.gap <= tolerance: return small, report
-                trouble.append(f'outputs differ by {report.gap:.1e} of the largest, and {tolerance:g} is allowed')
+                trouble.append(f'outputs differ by {report.rounding or report.gap:.1e} of the largest, and {tolerance:g} is allowed')
     raise RuntimeError("the smaller network does not agree with the model, so there is none: " + '; with reshaped channels left alone: '.join(trouble))

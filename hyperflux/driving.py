@@ -107,7 +107,7 @@ class Driven:
         if not _everywhere:
             _everywhere.append(torch_optimizer.register_optimizer_step_pre_hook(_before_any_step))
             _everywhere.append(torch_optimizer.register_optimizer_step_post_hook(_after_any_step))
-        self._first, self._seen = self._versions(), None                 # None: the weights may have changed
+        self._first, self._seen = self._untouched(), None                # None: the weights may have changed
         return self
 
     def detach(self):
@@ -129,7 +129,10 @@ class Driven:
     def _hide(self): pass
     def _undo(self): self._depth = 0                                     # the step raised
     def _gradients(self): return [p.grad for p in self.params]
-    def _versions(self): return [(p._version, p.data_ptr()) for p in self.params]
+    @property
+    def _local(self): return self.params
+    def _versions(self): return [(w._version, w.data_ptr()) for w in self._local]
+    def _untouched(self): return self._versions(), [w.detach().sum().item() for w in self._local]        # what `.data` changes is not counted
 
 # %% ../nbs/02e_driving.ipynb #7d0c0012
 @patch

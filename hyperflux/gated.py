@@ -33,6 +33,7 @@ class GatedPruner(Pruner):
         super().__init__(model, optimizer, **kw)
 
 @patch
+@torch.inference_mode(False)
 def _make_gates(self:GatedPruner,
     param:Tensor, # The gates' parameters a, flat
     lr:float, # Adam's

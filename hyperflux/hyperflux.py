@@ -52,6 +52,7 @@ class Settings:
     exact:bool = True                           # land on the target to the single weight
 
     def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, as_number(getattr(self, f.name)))
         if not 0 <= self.low <= self.high: raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={self.low}, high={self.high}")
         if not (0 < self.prune <= 1 and 0 <= self.settle <= 1 - self.prune + 1e-9):
             raise ValueError(f"prune and settle are shares of the run with 0 < prune and prune + settle <= 1: got prune={self.prune}, settle={self.settle}")
@@ -116,21 +117,21 @@ class Hyperflux(GatedPruner):
         self.settings = S = settings
         self.schedule, self.dip = S.trajectory, S.dip
         self.end, self._settle_at, self.lr = S.plan(check_steps(steps), sparsity)
-        self._given_pressure = pressure
-        self._pressure = pressure if callable(pressure) or pressure is None else lambda p: pressure
+        self._given_pressure = given = as_number(pressure)
+        self._pressure = None if given is None else lambda p: as_number(given(p) if callable(given) else given)
         first = self._pressure and self._pressure(0.)
         super().__init__(model, optimizer, controller=S.controller(), sparsity=sparsity, steps=steps, targets=targets, ignore=ignore)   # whatever can be refused has been
         if self._pressure: self.gamma = first
         self.meter = FluxMeter(self.sizes, self.names, self.device, self.dtype, self.shards.reduce if self.shards.cuts else None) if meter else None
         self.presence = self._flat()
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator('cpu').manual_seed(as_number(seed))
         for i, (p, t) in enumerate(zip(self.params, self._views(self.presence))):        # one layer at a time: of it, a process may need a part only
             t.copy_(self.shards.piece(i, initial_presence(p.numel(), S.low, S.high, g, self.dtype)))
         self._make_gates(self.presence, self.lr, S.eps, sgd=S.sgd)
         self._presences = self._gate_params
         self._count = 0                                                          # presence steps so far; None once gates differ in theirs
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
-        self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
+        with torch.inference_mode(False): self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
 
 # %% ../nbs/03c_hyperflux.ipynb #d276ff81
 @patch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .baselines import top, wanted
 from .driving import warn
 from .gated import GatedPruner
-from .pressure import LogController
+from .pressure import LogController, as_number
 from .pruner import span_steps
 
 # %% ../nbs/07c_l0.ipynb #7a702b47
@@ -68,12 +68,12 @@ class L0(GatedPruner):
         seed:int=0, # Of the noise; the same on all processes
         **how, # As for `Pruner`: targets, ignore
     ):
-        self.travel = travel
+        self.travel = travel = as_number(travel)
         if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
         self.begin, self.end = span_steps(span, steps)
         check_noisy(self.end - self.begin)
         super().__init__(model, optimizer, controller=controller(), sparsity=wanted(sparsity), steps=steps, **how)       # gamma: λ
-        self.alpha, self.z, self.noise = self._flat(math.log(19)), self._flat(1.), torch.Generator(self.device).manual_seed(seed)
+        self.alpha, self.z, self.noise = self._flat(math.log(19)), self._flat(1.), torch.Generator(self.device).manual_seed(as_number(seed))
         self._make_gates(self.alpha, travel/(self.end - self.begin), gate=self.z)
 
 @patch

@@ -17,7 +17,7 @@ from .driving import Driven, warn
 from .norms import norms_text, rate_text, stale_norms
 from .optimizers import check_optimizer
 from .pressure import as_number, check_sparsity
-from .selection import dense_matrices, dense_text, select
+from .selection import dense_matrices, dense_text, namesakes, select
 from .shards import Shards, check_current, holders, local, reshard, sharded
 from .tally import Tally
 
@@ -183,22 +183,9 @@ def apply_mask(self:Pruner,
 ):
     "Zeroes the absent weights"
     reshard(self.model if model is None else model)
-    params = self._local if model is None else self._namesakes(model)
+    params = self._local if model is None else list(map(local, namesakes(model, dict(zip(self.names, self.params)))))
     self._zero(params, self._masks if params[0].device == self.device else [m.to(p.device) for m, p in zip(self._masks, params)])
     if model is None: self._seen = self._versions()
-
-@patch
-def _namesakes(self:Pruner, model):
-    "The parameters of another model that have the names of ours"
-    plain = lambda name: name.replace('_orig_mod.', '').removeprefix('module.')         # what compiled models and averages put before names
-    own = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    wanted = [plain(n) for n in self.names]
-    lacking = {n: tuple(p.shape) for n, p in zip(wanted, self.params) if n not in own or own[n].shape != p.shape}
-    if not lacking: return [local(own[n]) for n in wanted]
-    inside = [n for n, m in model.named_modules() if n and set(wanted) <= {plain(k) for k, _ in m.named_parameters(remove_duplicate=False)}]
-    hint = f"it has them inside: give {' or '.join('.' + n for n in inside[:3])}" if inside else f"it has {', '.join([*own][:6])}{' …' if len(own) > 6 else ''}"
-    name, shape = next(iter(lacking.items()))
-    raise ValueError(f"{type(model).__name__} has no parameter named {name} of shape {shape}; {hint}")
 
 @patch(as_prop=True)
 def keep(self:Pruner)->int:

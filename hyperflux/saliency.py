@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .baselines import Baseline, Random, apportion, magnitude, top
 from .optimizers import optimizers_in
 from .pressure import cubic
-from .pruner import check_steps
+from .pruner import span_steps
 
 # %% ../nbs/07a_saliency.ipynb #9a35fba1
 class Taylor(Baseline):
@@ -97,8 +97,7 @@ class RigL(Random):
     every, drop = 100, .3                                                   # steps between two moves, share of a layer that moves at first
     def __init__(self, model, optimizer, *, steps:int, span:tuple=(0., .75), **how):
         self.grow = None
-        steps = check_steps(steps)
-        if (end := round(span[1]*steps)) <= self.every: raise ValueError(f"RigL moves weights every {self.every} steps until step {end} of {steps}: it would never do so; train longer")
+        if (end := span_steps(span, steps)[1]) <= self.every: raise ValueError(f"RigL moves weights every {self.every} steps until step {end} of {steps}: it would never do so; train longer")
         super().__init__(model, optimizer, steps=steps, span=span, **how)
     def budgets(self, keep): return erk([tuple(p.shape) for p in self.params], keep)
     def observe(self, gradient):

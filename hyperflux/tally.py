@@ -72,7 +72,7 @@ def differs(self:Tally)->str: # Empty if it does not
 @patch
 def _difference(self:Tally, counts):
     left, present, strays = counts.sum(1).tolist()
-    if self.step == 0 and self._seen is None and self._versions() != self._first:
+    if self.step == 0 and self._seen is None and self._untouched() != self._first:
         return f"no step of {type(self.optimizer).__name__} was seen, and the weights have changed"
     idle = present - (left - strays)
     are = lambda n, what: f"{n:,} {what} one{'s are' if n > 1 else ' is'}"
