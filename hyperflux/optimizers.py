@@ -30,7 +30,9 @@ def check_optimizer(
     hint:str='', # For weights that it does not train
 ):
     "It is one whose step can be stood around, and it trains these weights"
-    if not isinstance(optimizer, torch.optim.Optimizer): raise TypeError(f"optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}, whose step nobody tells of; if it wraps an optimiser, and does "
+                        "nothing to the weights itself, give the pruner that one")
     if any(isinstance(o, torch.optim.LBFGS) for o in optimizers_in(optimizer)):
         raise TypeError("LBFGS evaluates its closure several times a step, with weights that a pruner would have to mask each time: "
                         "use SGD, Adam or another first-order optimiser")
