@@ -9,8 +9,8 @@ become zeros, and so does half of their biases (seed 0); batch norms then get th
 `compact` takes out what nobody needs.
 
 Equal: the smaller network gives the same on four inputs, to 1e-5 of the largest output; in double precision if rounding
-alone takes them further. Refused: `compact` says itself why not. All else that is raised is a fault. `spread` is how far
-the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and a
+alone takes them further. Refused: `compact` says itself why not. All else that is raised is a fault. `spread` is how
+far the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and a
 time limit of its own; the record grows row by row, and the same command goes on where it was stopped.
 """
 import argparse, re, sys, time, traceback, warnings
@@ -20,12 +20,15 @@ import timm, torch, torchvision
 from torch import nn
 
 import hyperflux
+from hyperflux.channels import first_line
 from hyperflux.compact import compact, relative_gap
 
 from .common import fresh_process, provenance, resume, spelled, table, write_json
 
 SHRUNK = dict(embed_dim=64, depth=2, num_heads=2), dict(embed_dim=64, depth=2), dict(depths=(1, 1, 1, 1)), dict(depth=2)
 SIZES = 64, 128
+# Its second classifier, which only training has, finds no place on smaller pictures
+LARGEST = {'torchvision inception_v3': 299}
 # These cannot be built without values, to be weighed
 SMALLEST = {'torchvision regnet_x': 'regnet_x_400mf', 'torchvision regnet_y': 'regnet_y_400mf'}
 SMOKE = 'torchvision squeezenet', 'timm mambaout'
@@ -75,7 +78,8 @@ def built(source, family, variants):
     name = SMALLEST.get(f'{source} {family}') or min(tiny or variants, key=lambda v: weigh(source, v, {}))
     for kw in shrunk(source, name):
         default = timm.get_pretrained_cfg(name).input_size[1] if source == 'timm' else 224
-        for size in sorted({*SIZES, default}):
+        only = LARGEST.get(f'{source} {family}')
+        for size in [only] if only else sorted({*SIZES, default}):
             for more in ({'img_size' if source == 'timm' else 'image_size': size}, {}):
                 try:
                     torch.manual_seed(0)
@@ -142,12 +146,12 @@ def one(key, variants):
     begin = time.perf_counter()
     try:
         small, report = compact(net, x)
-        row |= dict(outcome='equal', gap=report.gap, rounding=report.rounding, left=parameters(small)/parameters(net), weights=report.before,
-                    weights_left=report.after, views=report.views)
+        row |= dict(outcome='equal', gap=report.gap, rounding=report.rounding, left=parameters(small)/parameters(net),
+                    weights=report.before, weights_left=report.after, views=report.views)
     except Exception as e:
         at = traceback.extract_tb(e.__traceback__)[-1]
         if own_refusal(e): row |= dict(outcome='refused', reason=str(e)[:400])
-        else: row |= dict(outcome='fault', reason=f'{type(e).__name__}: {e}'[:300] + f' at {Path(at.filename).name}:{at.lineno}')
+        else: row |= dict(outcome='fault', reason=f'{first_line(e)[:300]} at {Path(at.filename).name}:{at.lineno}')
     row |= dict(seconds=round(time.perf_counter() - begin, 1))
     try:
         with torch.no_grad(): a, b = (net(x*s) for s in (1, -1))
@@ -158,7 +162,7 @@ def one(key, variants):
 def child(pipe, key, variants):
     try: pipe.send(one(key, variants))
     except Exception as e:
-        pipe.send(dict(zip(('source', 'family'), key.split()), outcome='fault', reason=f'{type(e).__name__}: {e}'[:300]))
+        pipe.send(dict(zip(('source', 'family'), key.split()), outcome='fault', reason=first_line(e)[:300]))
         raise
 
 

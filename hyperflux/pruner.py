@@ -97,8 +97,9 @@ class Pruner(Driven, Tally):
 def _enter(self:Pruner):
     if self._seen is None or self.step < 2 or self._due(200) or self.step + 1 >= self.steps: self._look()
     if self._versions() != self._seen:
-        self._strays = self._count_strays() if self._strays is None else self._strays + self._count_strays()
-        self._resync()
+        strays = self._count_strays()
+        self._resync()                                                        # which may refuse
+        self._strays = strays if self._strays is None else self._strays + strays
     elif self._written_unseen(self.step == 1 or self._due(10)): self._resync()
 
 @patch

@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: 'tutorials/' not in item.nodeid)               # the longest pages first, or a core would wait for the last of them
     for item in items:
         if item.get_closest_marker('long') and not os.environ.get('HYPERFLUX_LONG'): item.add_marker(pytest.mark.skip(reason='takes long, and runs with HYPERFLUX_LONG=1'))
-        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
 
 
 @pytest.fixture(scope='session')
