@@ -160,6 +160,7 @@ def _undo(self:Pruner):
     with torch.no_grad(): (self._restore if self._swapped else self.apply_mask)()
     self._swapped, self._depth, self._seen = False, 0, self._versions()
 
+# %% ../nbs/03_pruner.ipynb #7286582c
 # What a method overrides
 @patch
 def _written_unseen(self:Pruner, look)->bool: return False                    # whether weights were changed in a way that PyTorch does not count, if that matters
