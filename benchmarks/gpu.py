@@ -39,7 +39,7 @@ GOALS, LESS = dict(eager=1.05, compiled=1.03), 3.         # × dense; how many t
 # Pass → vectors it reads, vectors it writes
 SGD = {'SGD': ('p g b', 'p b')}
 BEFORE = {'s ← g': ('g', 's'), 's ← s·ω': ('s ω', 's'), 'p ← ω': ('ω', 'p'), 'g ← g·h': ('g h', 'g')}
-AFTER = {'ω ← p': ('p', 'ω'), 'p ← p·h': ('p h', 'p')}
+AFTER = {'ω ← p': ('p', 'ω'), 'p ← p·h': ('p h', 'p'), 'p ← p + 0': ('p', 'p')}       # or what is absent could be -0
 TRAFFIC = dict(
     dense=SGD,
     eager=BEFORE | SGD | {'s ← c·s': ('s', 's'), 's ← s + γ/d': ('s', 's'), 'Adam of t': ('t s m v', 't m v'), 'h ← t ≥ 0': ('t', 'h')} | AFTER,

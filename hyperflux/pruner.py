@@ -147,7 +147,7 @@ def _note_rates(self:Pruner):
     if self.step and self._rate is None: return                               # somebody began in the middle: nothing can be said
     now = max(float(group.get('lr', 0.)) for group in self.optimizer.param_groups)
     self._rate = max(self._rate or 0., now)
-    if 0 < self.step == self.steps - 1 and (text := rate_text(now, self._rate)): warn(text)
+    if 100 <= self.steps == self.step + 1 and (text := rate_text(now, self._rate)): warn(text)       # fewer steps are a trial
 
 @patch
 def uphill(self:Pruner)->list[int]:

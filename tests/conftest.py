@@ -1,5 +1,5 @@
 "Fixtures that several tests share."
-import os, shutil, signal
+import os, shutil, signal, sys
 from pathlib import Path
 
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')       # files of tests run side by side: more threads than cores would wait for each other
@@ -8,6 +8,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 import pytest
 
 root = Path(__file__).parents[1]
+sys.path.insert(0, str(root))                                                   # for benchmarks/
 
 
 @pytest.hookimpl(tryfirst=True)

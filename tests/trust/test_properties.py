@@ -125,7 +125,7 @@ how = dict(deadline=None, derandomize=True, database=None, suppress_health_check
 
 
 @settings(max_examples=50, **how)
-@given(**CASE, interruptions=st.lists(st.tuples(st.floats(0, .999), st.sampled_from(INTERRUPTIONS)), max_size=5))
+@given(**CASE, interruptions=st.lists(st.tuples(st.floats(0, .999, allow_subnormal=False), st.sampled_from(INTERRUPTIONS)), max_size=5))
 def test_at_every_step(interruptions, **case):
     "The report is what is in the model, nothing is there that the mask has not, absent weights are +0; at the end exactly the target is present, and detach leaves nothing behind"
     run = Run(**case)
@@ -146,7 +146,7 @@ def test_at_every_step(interruptions, **case):
 
 
 @settings(max_examples=20, **how)
-@given(**CASE, at=st.lists(st.floats(0, .999), min_size=1, max_size=3))
+@given(**CASE, at=st.lists(st.floats(0, .999, allow_subnormal=False), min_size=1, max_size=3))
 def test_saved_and_loaded_at_any_step(at, **case):
     "A run in several parts, each with new objects and a state from a file, ends bit for bit where one in a single part ends"
     ends = []
