@@ -111,9 +111,7 @@ def _due(self:Pruner,
 @patch
 def _look(self:Pruner):
     "Is the model still the one that is pruned? The host waits for the device only if weights were written"
-    self._seen, seen = None, self._seen                                       # whoever goes on after the error below is told again
     check_current(self.model, dict(zip(self.names, self.params)), self._held)
-    self._seen = seen
     self._look_at_norms(('momentum 0', 'frozen statistics', 'evaluation mode'))
     self._note_rates()
     strays, self._strays = self._strays, None
@@ -158,7 +156,7 @@ def uphill(self:Pruner)->list[int]:
 @patch
 def _undo(self:Pruner):
     with torch.no_grad(): (self._restore if self._swapped else self.apply_mask)()
-    self._swapped, self._depth, self._seen = False, 0, self._versions()
+    self._swapped, self._depth, self._seen = False, 0, None                   # None: whoever goes on is looked at first
 
 # %% ../nbs/03_pruner.ipynb #7286582c
 # What a method overrides

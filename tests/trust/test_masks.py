@@ -184,6 +184,18 @@ def test_replaced(kind, when, how):
 
 @quiet
 @kinds
+def test_replaced_in_a_long_run(kind):
+    "Between two looks, too, whoever goes on after the error is told again"
+    model, opt, p = pruned(kind, steps=4000)
+    train(model, opt, 30)
+    head(model, opt)
+    with pytest.raises(RuntimeError, match="no longer the model's"): train(model, opt, 40)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no longer the model's"): train(model, opt, 1)
+
+
+@quiet
+@kinds
 def test_replaced_after_the_last_step(kind):
     "A new head after the run: what is counted is what the model computes with"
     model, opt, p = pruned(kind)
