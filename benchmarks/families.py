@@ -20,8 +20,8 @@ import timm, torch, torchvision
 from torch import nn
 
 import hyperflux
-from hyperflux.channels import first_line
-from hyperflux.compact import compact, relative_gap
+from hyperflux.deploy.channels import first_line
+from hyperflux.deploy.compact import compact, relative_gap
 
 from .common import fresh_process, provenance, resume, spelled, table, write_json
 
@@ -217,7 +217,7 @@ def main(argv=None):
         try: record = resume(a.out, record, ('torchvision', 'timm', 'limit'))
         except ValueError as e: p.error(str(e))
     done = {f"{r['source']} {r['family']}" for r in record['rows']}
-    context = fresh_process(['timm', 'torchvision', 'hyperflux.compact'])
+    context = fresh_process(['timm', 'torchvision', 'hyperflux.deploy.compact'])
     for key in chosen:
         if key in done: continue
         row = within(context, a.limit, key, todo[key])

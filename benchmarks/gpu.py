@@ -25,7 +25,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '6')          # or torch's profiler ta
 import torch
 
 from hyperflux import Hyperflux, select
-from hyperflux.models import authors_ignore, make_model
+from hyperflux.lab.models import authors_ignore, make_model
 
 from .common import differences, interleave, peak, provenance, ratios, resume, spelled, stats, table, write_json
 from .gpu_profile import profile

@@ -10,8 +10,8 @@ import argparse, functools
 import torch
 from torch import nn
 
-from hyperflux.models import lenet300, vgg19
-from hyperflux.sparsify import _candidates, race, sparsify
+from hyperflux.lab.models import lenet300, vgg19
+from hyperflux.deploy.sparsify import _candidates, race, sparsify
 
 from .common import interleave, provenance, ratios, spelled, stats, table, write_json
 

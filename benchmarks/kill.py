@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.common import fresh_process, provenance, table, write_json
-from hyperflux.checkpoint import checkpoints, read_checkpoint
-from hyperflux.results import clear_run
+from hyperflux.lab.checkpoint import checkpoints, read_checkpoint
+from hyperflux.lab.results import clear_run
 
 OWN = '''
 from torch import nn
@@ -33,7 +33,7 @@ SETTINGS = { # Name → options: between them, all that a checkpoint has to hold
 
 def command(args, cwd, said, picture=True):
     "What `hyperflux` does when it is called in `cwd`, in a process of its own that has its imports behind it"
-    from hyperflux import results
+    from hyperflux.lab import results
     from hyperflux.cli import main
     if not picture: results.plot_run = lambda *_: SimpleNamespace(savefig=lambda f, dpi: f.write(b'left out'))
     with open(said, 'a') as f: os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
@@ -51,7 +51,7 @@ class Runner:
     ):
         self.cwd, self.picture = Path(cwd), picture
         (self.cwd/'own.py').write_text(OWN)
-        self.context = fresh_process(['hyperflux.cli', 'hyperflux.train', 'torch._dynamo', 'seaborn', 'matplotlib.backends.backend_agg'])
+        self.context = fresh_process(['hyperflux.cli', 'hyperflux.lab.train', 'torch._dynamo', 'seaborn', 'matplotlib.backends.backend_agg'])
         self('--version')                                           # the imports are not part of the first run's time
 
     def start(self, *args, target=command, more=()):

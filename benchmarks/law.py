@@ -12,11 +12,11 @@ from pathlib import Path
 
 from torch import nn
 
-from hyperflux.data import load_data
-from hyperflux.hyperflux import Settings
-from hyperflux.laws import FORMS, fit_law
-from hyperflux.recipes import Config
-from hyperflux.sweep import recorded, under_pressure, write_family
+from hyperflux.lab.data import load_data
+from hyperflux.core.hyperflux import Settings
+from hyperflux.study.laws import FORMS, fit_law
+from hyperflux.lab.recipes import Config
+from hyperflux.study.sweep import recorded, under_pressure, write_family
 
 from benchmarks.common import root as repository
 

@@ -14,10 +14,10 @@ from statistics import mean, stdev
 import torch
 
 from benchmarks.common import provenance, write_json
-from hyperflux.checkpoint import checkpoints
-from hyperflux.data import load_data
-from hyperflux.recipes import Config
-from hyperflux.train import fit
+from hyperflux.lab.checkpoint import checkpoints
+from hyperflux.lab.data import load_data
+from hyperflux.lab.recipes import Config
+from hyperflux.lab.train import fit
 
 
 def one(config, data, folder):

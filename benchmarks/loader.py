@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from hyperflux.augment import Augment, crop_flip
-from hyperflux.data import DeviceLoader, epoch_order
+from hyperflux.lab.augment import Augment, crop_flip
+from hyperflux.lab.data import DeviceLoader, epoch_order
 
 from .common import interleave, provenance, ratios, spelled, stats, table, write_json
 

@@ -9,8 +9,8 @@ import argparse
 import torch
 
 from hyperflux import Hyperflux
-from hyperflux.models import lenet300
-from hyperflux.recorder import Recorder, Returns
+from hyperflux.lab.models import lenet300
+from hyperflux.study.recorder import Recorder, Returns
 
 from .common import interleave, provenance, ratios, spelled, stats, table, write_json
 from .step import STEPS, adam, batches, plain_step

@@ -6,8 +6,8 @@ Runs that are there are not made again. Results go to nbs/results/reliability.js
 """
 import argparse
 
-from hyperflux.recipes import Config
-from hyperflux.sweep import aimed, recorded, write_family
+from hyperflux.lab.recipes import Config
+from hyperflux.study.sweep import aimed, recorded, write_family
 
 from benchmarks.common import root as repository
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import provenance, write_json
-from hyperflux.checkpoint import checkpoints
-from hyperflux.recipes import recipe
-from hyperflux.train import fit
+from hyperflux.lab.checkpoint import checkpoints
+from hyperflux.lab.recipes import recipe
+from hyperflux.lab.train import fit
 
 
 def main():

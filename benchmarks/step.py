@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from hyperflux.gates import Gated, initial_presence
-from hyperflux.models import lenet300
-from hyperflux.pressure import presence_lr
+from hyperflux.core.gates import Gated, initial_presence
+from hyperflux.lab.models import lenet300
+from hyperflux.core.pressure import presence_lr
 from hyperflux import Hyperflux, Settings, prunable
 
 from .common import fresh_process, interleave, peak, provenance, ratios, stats, table, write_json

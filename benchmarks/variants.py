@@ -6,10 +6,10 @@ import dataclasses, functools
 
 from torch import nn
 
-from hyperflux.hyperflux import Hyperflux
-from hyperflux.methods import Method
-from hyperflux.models import lenet300
-from hyperflux.pressure import LogController
+from hyperflux.core.hyperflux import Hyperflux
+from hyperflux.rivals.registry import Method
+from hyperflux.lab.models import lenet300
+from hyperflux.core.pressure import LogController
 
 
 def variant(untrained=False, settle=None, **more):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hyperflux import Hyperflux
-from hyperflux.hyperflux import Settings
-from hyperflux.recorder import MaskLog, Recorder, Returns
-from hyperflux.sweep import job_name, recorded
+from hyperflux.core.hyperflux import Settings
+from hyperflux.study.recorder import MaskLog, Recorder, Returns
+from hyperflux.study.sweep import job_name, recorded
 
 root = Path(__file__).parents[1]
 

@@ -10,9 +10,9 @@ import torch.nn.utils.prune as torch_prune
 from torch import nn
 from torch.func import functional_call
 
-from hyperflux import baselines
-from hyperflux.baselines import GMP, IMP, Baseline, LayerMagnitude, Magnitude, Progressive, Random, apportion, imp_levels, top
-from hyperflux.saliency import GraSP, RigL, SNIP, Taylor, erk
+from hyperflux.rivals import baselines
+from hyperflux.rivals.scores import GMP, IMP, Baseline, LayerMagnitude, Magnitude, Progressive, Random, apportion, imp_levels, top
+from hyperflux.rivals.gradients import GraSP, RigL, SNIP, Taylor, erk
 
 root = Path(__file__).parents[1]
 g0 = torch.Generator().manual_seed(0)
@@ -592,7 +592,7 @@ def test_resume_refuses_another_goal():
 @pytest.fixture
 def small():
     "200 training images and 50 to test on"
-    from hyperflux.data import Data, Split, load_data
+    from hyperflux.lab.data import Data, Split, load_data
     full = load_data('fashion-small')
     yield Data(full.name, full.classes, *(Split(s.images[:n], s.labels[:n]) for s, n in ((full.train, 200), (full.test, 50))))
     torch.set_flush_denormal(False)                                  # `fit` switches it on for the whole process
@@ -604,8 +604,8 @@ def little(n_classes, in_shape): return nn.Sequential(nn.Flatten(), nn.AvgPool1d
 @pytest.mark.parametrize('name', ['gmp', 'taylor', 'imp', 'snip', 'grasp', 'rigl', 'magnitude'])
 def test_fit_resumes(name, small, tmp_path, monkeypatch):
     "The training loop, stopped after two and four of six epochs: history, weights and masks as in one go"
-    from hyperflux.recipes import Config
-    from hyperflux.train import fit
+    from hyperflux.lab.recipes import Config
+    from hyperflux.lab.train import fit
     monkeypatch.setattr(RigL, 'every', 10)
     config = Config(model=f'{__name__}:little', method=name, sparsity=.8, dense_epochs=1, prune_epochs=3, regrow_epochs=2, batch_size=20, crop=2, flip=True)
     whole = fit(config, data=small, progress=False)
@@ -965,7 +965,7 @@ def together(world):
 
 if __name__ == '__main__':
     import faulthandler
-    from hyperflux.processes import join, leave
+    from hyperflux.lab.processes import join, leave
     faulthandler.dump_traceback_later(100, exit=True)                # nobody survives the test
     torch.set_num_threads(1)
     world = join()

@@ -6,10 +6,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.kill import Runner                                                          # noqa: E402
-from hyperflux.comparison import read_comparison                                            # noqa: E402
-from hyperflux.methods import METHODS                                                       # noqa: E402
-from hyperflux.recipes import Config                                                        # noqa: E402
-from hyperflux.workers import alone                                                         # noqa: E402
+from hyperflux.study.comparison import read_comparison                                            # noqa: E402
+from hyperflux.rivals.registry import METHODS                                                       # noqa: E402
+from hyperflux.lab.recipes import Config                                                        # noqa: E402
+from hyperflux.study.jobs import alone                                                         # noqa: E402
 
 command = [sys.executable, '-m', 'hyperflux', 'compare']
 env = os.environ | dict(OMP_NUM_THREADS='1', COLUMNS='200')
@@ -20,8 +20,8 @@ MINE = '''
 import os, signal
 from pathlib import Path
 import torch
-from hyperflux.baselines import GMP
-from hyperflux.methods import Method
+from hyperflux.rivals.scores import GMP
+from hyperflux.rivals.registry import Method
 def make(run, **how): return GMP(run.model, run.optimizer, **how)
 def too_wild(run, **how):
     with torch.no_grad(): next(run.model.parameters()).mul_(float('inf'))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hyperflux.augment import Augment
-from hyperflux.data import find_idx, load_data, pixel_stats, read_idx, system_root
+from hyperflux.lab.augment import Augment
+from hyperflux.lab.data import find_idx, load_data, pixel_stats, read_idx, system_root
 
 root = Path(__file__).parents[1]
 
@@ -161,7 +161,7 @@ def test_folders_crop_as_torchvision_does(folders):
     "Training: the same as torchvision's random transforms under the same seed, and fair: mirrored half of the time"
     from PIL import Image
     from torchvision.transforms import v2
-    from hyperflux.folders import Pictures, sample_seed
+    from hyperflux.lab.folders import Pictures, sample_seed
     data = load_data('imagenet', root=folders)
     pictures = Pictures(data.train, train=True, seed=3)
     for i, name in enumerate(data.train.names):
@@ -219,8 +219,8 @@ def test_folders_name_the_unreadable_file(folders):
 def test_workers_use_one_thread_and_leave_ctrl_c_alone(folders):
     code = f"""
 import os, signal, torch
-from hyperflux.data import load_data
-from hyperflux.folders import Pictures
+from hyperflux.lab.data import load_data
+from hyperflux.lab.folders import Pictures
 torch.set_num_threads(2)
 look = lambda self, key: (torch.tensor([torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, os.getpid()]), 0)
 Pictures.__getitem__ = look

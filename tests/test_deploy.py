@@ -4,11 +4,11 @@ import copy, sys
 import pytest, torch, torchvision
 from torch import nn
 
-from hyperflux.baselines import LayerMagnitude
-from hyperflux.compact import compact, relative_gap
-from hyperflux.deploy import deploy
-from hyperflux.files import load_sparse, save_sparse
-from hyperflux.sparsify import sparsify
+from hyperflux.rivals.scores import LayerMagnitude
+from hyperflux.deploy.compact import compact, relative_gap
+from hyperflux.deploy.deploy import deploy
+from hyperflux.deploy.files import load_sparse, save_sparse
+from hyperflux.deploy.sparsify import sparsify
 from test_compact import UNet
 
 MODELS = dict(mobilenet=(lambda: torchvision.models.mobilenet_v3_small(num_classes=10), (2, 3, 64, 64)), unet=(UNet, (2, 1, 16, 16)),

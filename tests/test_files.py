@@ -5,9 +5,9 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from hyperflux import Hyperflux
-from hyperflux.baselines import Magnitude
-from hyperflux.files import DTYPES, _seal, export_onnx, load_sparse, read_metadata, save_sparse
-from hyperflux.models import MODELS, lenet300
+from hyperflux.rivals.scores import Magnitude
+from hyperflux.deploy.files import DTYPES, _seal, export_onnx, load_sparse, read_metadata, save_sparse
+from hyperflux.lab.models import MODELS, lenet300
 
 torch.set_num_threads(1)
 
@@ -78,7 +78,7 @@ def test_tied_weights_stay_tied(tmp_path, tied):
 
 
 def test_the_same_bytes_in_every_process(tmp_path):
-    program = ('import sys, torch; from hyperflux.files import save_sparse; torch.manual_seed(0); '
+    program = ('import sys, torch; from hyperflux.deploy.files import save_sparse; torch.manual_seed(0); '
                'net = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30)); '
                'torch.nn.init.sparse_(net[0].weight, .9); save_sparse(net, sys.argv[1], dict(z=1, a=[2, dict(b=3)]))')
     for seed in '1', '2': subprocess.run([sys.executable, '-c', program, tmp_path/seed], check=True, env=os.environ | dict(PYTHONHASHSEED=seed), timeout=60)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hyperflux import Hyperflux, Settings
-from hyperflux.pressure import land_
-from hyperflux.processes import World, first, join, leave, wrap
+from hyperflux.core.pressure import land_
+from hyperflux.lab.processes import World, first, join, leave, wrap
 
 root = Path(__file__).parents[1]
 LENET, ODD = (784, 300, 100, 10), (37, 21, 7, 5)                    # 21, 7 and 5 rows: cut unevenly, and over four processes with an empty part
@@ -316,7 +316,7 @@ def lands(world):
     "Any cut, any number of equal presences, any count to keep: the same weights stay as in one process"
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from hyperflux.shards import Shards
+    from hyperflux.core.shards import Shards
     line, grid = init_device_mesh('cpu', (4,)), init_device_mesh('cpu', (2, 2))
     shapes = (10, 3), (1, 7), (6, 4, 2), (5,), (3, 3)
     ways = (line, [Shard(0)]), (line, [Shard(0)]), (grid, [Replicate(), Shard(1)]), (grid, [Shard(0), Replicate()]), None      # the last is plain: the same in every process
@@ -373,7 +373,7 @@ def refuses(world):
 
 
 if __name__ == '__main__':
-    from hyperflux.shards import local, sharded
+    from hyperflux.core.shards import local, sharded
     faulthandler.dump_traceback_later(100, exit=True)                # nobody survives the test
     torch.set_num_threads(1)
     world = join()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hyperflux import kernels as K, sparsify as S
-from hyperflux.compact import relative_gap
-from hyperflux.models import lenet300, resnet18, vgg19
-from hyperflux.kernels import SparseChain, SparseConv2d, SparseLinear
-from hyperflux.sparsify import sparsify
+from hyperflux.deploy import kernels as K, sparsify as S
+from hyperflux.deploy.compact import relative_gap
+from hyperflux.lab.models import lenet300, resnet18, vgg19
+from hyperflux.deploy.kernels import SparseChain, SparseConv2d, SparseLinear
+from hyperflux.deploy.sparsify import sparsify
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ root = Path(__file__).parents[1]
 sys.path.insert(0, str(root))
 from benchmarks.kill import SETTINGS, Runner, arguments, command, differences, inspect, reference, survive                      # noqa: E402
 from hyperflux import checkpoint                                                                                                  # noqa: E402
-from hyperflux.checkpoint import checkpoints, read_checkpoint                                                                    # noqa: E402
+from hyperflux.lab.checkpoint import checkpoints, read_checkpoint                                                                    # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='SIGKILL, process groups and /proc, as on Linux')
 LARGE, QUICK = list(SETTINGS)[0], list(SETTINGS)[2]                 # with the largest checkpoints, and the cheapest
@@ -350,7 +350,7 @@ def test_two_processes(runner, folder, tmp_path):
     assert differences(tmp_path/'run', tmp_path/'whole') == []
     runner(*PAIR[2:], folder)
     assert json.loads((tmp_path/'whole/summary.json').read_text())['left'] == json.loads((folder/'summary.json').read_text())['left'] == 5324
-    from hyperflux.results import read_history
+    from hyperflux.lab.results import read_history
     for two, one in zip(read_history(tmp_path/'whole/history.csv'), read_history(folder/'history.csv'), strict=True):
         assert (two['epoch'], two['stage'], two['lr']) == (one['epoch'], one['stage'], one['lr'])
         assert abs(two['loss'] - one['loss']) < .02 and abs(two['accuracy'] - one['accuracy']) < 2.5 and abs(two['density'] - one['density']) < .05*one['density'], (two, one)
@@ -358,10 +358,10 @@ def test_two_processes(runner, folder, tmp_path):
 
 def evaluates(out):
     "What evaluation looks at, and what it says, in one process or in each of several"
-    from hyperflux.data import load_data
-    from hyperflux.processes import join
-    from hyperflux.recipes import Config
-    from hyperflux.train import Run
+    from hyperflux.lab.data import load_data
+    from hyperflux.lab.processes import join
+    from hyperflux.lab.recipes import Config
+    from hyperflux.lab.train import Run
     torch.set_num_threads(1)
     world = join()
     rows = []

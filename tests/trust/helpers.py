@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hyperflux import Hyperflux, Settings
-from hyperflux.baselines import GMP, IMP, LayerMagnitude, Magnitude, Progressive, Random
-from hyperflux.l0 import L0
-from hyperflux.saliency import GraSP, RigL, SNIP, Taylor
+from hyperflux.rivals.scores import GMP, IMP, LayerMagnitude, Magnitude, Progressive, Random
+from hyperflux.rivals.l0 import L0
+from hyperflux.rivals.gradients import GraSP, RigL, SNIP, Taylor
 
 
 def task(n_in=20, n_out=4, n=64, seed=0):

@@ -4,13 +4,13 @@ import copy, dataclasses, json, sys
 import numpy as np, pytest, torch
 from torch import nn
 
-from hyperflux.data import Data, Split
-from hyperflux.deploy import deploy, deploy_run, plot_deploy
-from hyperflux.files import load_sparse
-from hyperflux.operations import operations
-from hyperflux.recipes import Config, cost
-from hyperflux.results import load_run
-from hyperflux.train import fit
+from hyperflux.lab.data import Data, Split
+from hyperflux.deploy.deploy import deploy, deploy_run, plot_deploy
+from hyperflux.deploy.files import load_sparse
+from hyperflux.deploy.operations import operations
+from hyperflux.lab.recipes import Config, cost
+from hyperflux.lab.results import load_run
+from hyperflux.lab.train import fit
 
 QUICK = dict(batches=(2,), compiled=False, onnx=False, rounds=1)
 
@@ -101,7 +101,7 @@ def test_no_compiler_and_no_onnx_on_this_machine(tmp_path, monkeypatch):
 
 def test_onnx_of_what_cannot_be_compacted(tmp_path, monkeypatch):
     "The dense network is exported, and says so; and one that takes a single batch is measured with that"
-    monkeypatch.setattr('hyperflux.deploy.compact', broken)
+    monkeypatch.setattr('hyperflux.deploy.deploy.compact', broken)
     report = deploy(Four(4, 4), torch.randn(4, 4), tmp_path, **QUICK | dict(onnx=True, batches=(4, 5)))
     assert set(report.skipped) == {'compacted', 'batch 5'} and report.skipped['compacted'] == 'this machine cannot'
     assert [r['form'] for r in report.files] == ['dense float32', 'sparse file', 'ONNX, dense, batches of 4']

@@ -5,14 +5,14 @@ import pytest, torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hyperflux.checkpoint import checkpoints
-from hyperflux.data import Data, Split
-from hyperflux.deploy import deploy, load_run
-from hyperflux.files import export_onnx, load_sparse, save_sparse
-from hyperflux.models import load_weights, make_model
-from hyperflux.recipes import Config
-from hyperflux.sparsify import sparsify
-from hyperflux.train import fit
+from hyperflux.lab.checkpoint import checkpoints
+from hyperflux.lab.data import Data, Split
+from hyperflux.deploy.deploy import deploy, load_run
+from hyperflux.deploy.files import export_onnx, load_sparse, save_sparse
+from hyperflux.lab.models import load_weights, make_model
+from hyperflux.lab.recipes import Config
+from hyperflux.deploy.sparsify import sparsify
+from hyperflux.lab.train import fit
 
 
 class Net(nn.Module):

@@ -6,8 +6,8 @@ import numpy as np, pytest, torch
 from torch.optim import SGD
 
 from hyperflux import Hyperflux, Settings
-from hyperflux.baselines import GMP, IMP, Magnitude, Random
-from hyperflux.l0 import L0
+from hyperflux.rivals.scores import GMP, IMP, Magnitude, Random
+from hyperflux.rivals.l0 import L0
 
 from .helpers import METHODS, Often, loss, mlp, nnz, said, train
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune, weight_norm
 
 from hyperflux import Hyperflux
-from hyperflux.baselines import GMP, IMP, Magnitude
+from hyperflux.rivals.scores import GMP, IMP, Magnitude
 from .helpers import METHODS, loss, mlp, nnz, said, train
 
 STEPS = 120

@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from hyperflux import Hyperflux, Settings
-from hyperflux.baselines import GMP, IMP
-from hyperflux.l0 import L0
-from hyperflux.saliency import RigL, Taylor
+from hyperflux.rivals.scores import GMP, IMP
+from hyperflux.rivals.l0 import L0
+from hyperflux.rivals.gradients import RigL, Taylor
 
 from .helpers import METHODS, accuracy, loss, mlp, negative_zeros, nnz, said, train
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune as torch_prune, spectral_norm, weight_norm
 
 from hyperflux import Hyperflux, prunable
-from hyperflux.baselines import GMP, IMP
+from hyperflux.rivals.scores import GMP, IMP
 from .helpers import METHODS, mlp, nnz, said, train, x, y
 
 quiet = pytest.mark.filterwarnings('ignore')

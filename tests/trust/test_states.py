@@ -5,10 +5,10 @@ import pytest, torch
 from torch import nn
 
 from hyperflux import Hyperflux, Settings, authors
-from hyperflux.baselines import GMP, IMP, Progressive
-from hyperflux.l0 import L0
-from hyperflux.pressure import LogController
-from hyperflux.norms import renew_norms, stale_norms
+from hyperflux.rivals.scores import GMP, IMP, Progressive
+from hyperflux.rivals.l0 import L0
+from hyperflux.core.pressure import LogController
+from hyperflux.core.norms import renew_norms, stale_norms
 from .helpers import METHODS, accuracy, loss, mlp, nnz, said, train, x, y
 
 quiet = pytest.mark.filterwarnings('ignore')

@@ -4,9 +4,9 @@ import csv, io, json, os, re, subprocess, sys
 import pytest, torch
 
 from hyperflux.cli import main
-from hyperflux.progress import Lines, speak_plainly
-from hyperflux.recipes import Config
-from hyperflux.train import fit
+from hyperflux.lab.progress import Lines, speak_plainly
+from hyperflux.lab.recipes import Config
+from hyperflux.lab.train import fit
 
 COMMANDS = ['--help'], [], ['prune', '--help'], ['compare', '--help'], ['report', '--help'], ['deploy', '--help'], ['recipes', '--help'], ['methods', '--help'], ['methods']
 EPOCHS, STEPS = 5, 79
@@ -154,7 +154,7 @@ ONE = Config(dense_epochs=0, prune_epochs=1, regrow_epochs=0, sparsity=.5, batch
 
 @pytest.fixture(scope='module')
 def fashion():
-    from hyperflux.data import load_data
+    from hyperflux.lab.data import load_data
     return load_data('fashion-small')
 
 
