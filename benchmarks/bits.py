@@ -6,7 +6,7 @@ history are then compared as they lie in the files. What is finished in --out is
 import argparse, csv, hashlib, os, signal, subprocess, sys, time
 from pathlib import Path
 
-from hyperflux.core.flux import format_table
+from hyperflux.helpers import format_table
 from safetensors import safe_open
 
 RUNS = dict(default=[], lenet5=['--model', 'lenet5'], l0=['--method', 'l0'], rigl=['--method', 'rigl'], imp=['--method', 'imp'],

@@ -14,10 +14,11 @@ from torch import nn
 
 from hyperflux.rivals.scores import GMP
 from hyperflux.lab.data import load_data
-from hyperflux.deploy.deploy import deploy, deploy_run, load_run
+from hyperflux.deploy.deploy import deploy, deploy_run
+from hyperflux.study.results import load_run
 from hyperflux.deploy.files import load_sparse, save_sparse
 from hyperflux.lab.models import vgg19
-from hyperflux.lab.train import no_denormals
+from hyperflux.study.train import no_denormals
 
 from benchmarks.common import provenance, root as repository, spelled, write_json
 

@@ -20,9 +20,9 @@ from safetensors.torch import save_model
 
 from hyperflux.lab.data import Data, Split, load_data
 from hyperflux.lab.models import MODELS
-from hyperflux.lab.recipes import Config
-from hyperflux.lab.results import summary, write_history
-from hyperflux.lab.train import Run, fit, train_epoch
+from hyperflux.study.recipes import Config
+from hyperflux.study.results import summary, write_history
+from hyperflux.study.train import Run, fit, train_epoch
 
 from .common import provenance, resume, spelled, table, write_json
 
@@ -149,7 +149,7 @@ def arguments(argv):
     p.add_argument('--sparsities', type=float, nargs='+', help='default: 0.9 0.95 0.98 0.99 0.995')
     p.add_argument('--seeds', type=int, default=5, help='at most so many, as time allows (default: 5)')
     p.add_argument('--epochs', type=int, nargs=3, metavar=('DENSE', 'PRUNE', 'REGROW'), help='default: 15 15 15')
-    p.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help="other settings of a run, such as prune_lr=0.1; see `hyperflux.lab.recipes.Config`")
+    p.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help="other settings of a run, such as prune_lr=0.1; see `hyperflux.study.recipes.Config`")
     p.add_argument('--valid', type=float, default=0., help='fraction of the training set to hold out and report on, in place of the test set')
     p.add_argument('--jobs', type=int, default=1, help='processes that share the GPU: small networks leave it idle (default: 1)')
     p.add_argument('--budget', type=float, default=BUDGET, metavar='SECONDS', help=f'begin no run that would not be done by then (default: {BUDGET})')

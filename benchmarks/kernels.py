@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hyperflux.lab.models import lenet300, vgg19
-from hyperflux.deploy.sparsify import _candidates, race, sparsify
+from hyperflux.deploy.sparsify import _candidates, sparsify
+from hyperflux.helpers import race
 
 from .common import interleave, provenance, ratios, spelled, stats, table, write_json
 

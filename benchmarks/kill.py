@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common import fresh_process, provenance, table, write_json
 from hyperflux.lab.checkpoint import checkpoints, read_checkpoint
-from hyperflux.lab.results import clear_run
+from hyperflux.study.results import clear_run
 
 OWN = '''
 from torch import nn
@@ -51,7 +51,7 @@ class Runner:
     ):
         self.cwd, self.picture = Path(cwd), picture
         (self.cwd/'own.py').write_text(OWN)
-        self.context = fresh_process(['hyperflux.cli', 'hyperflux.lab.train', 'torch._dynamo', 'seaborn', 'matplotlib.backends.backend_agg'])
+        self.context = fresh_process(['hyperflux.cli', 'hyperflux.study.train', 'torch._dynamo', 'seaborn', 'matplotlib.backends.backend_agg'])
         self('--version')                                           # the imports are not part of the first run's time
 
     def start(self, *args, target=command, more=()):

@@ -15,7 +15,7 @@ from torch import nn
 from hyperflux.lab.data import load_data
 from hyperflux.core.hyperflux import Settings
 from hyperflux.study.laws import FORMS, fit_law
-from hyperflux.lab.recipes import Config
+from hyperflux.study.recipes import Config
 from hyperflux.study.sweep import recorded, under_pressure, write_family
 
 from benchmarks.common import root as repository

@@ -16,8 +16,8 @@ import torch
 from benchmarks.common import provenance, write_json
 from hyperflux.lab.checkpoint import checkpoints
 from hyperflux.lab.data import load_data
-from hyperflux.lab.recipes import Config
-from hyperflux.lab.train import fit
+from hyperflux.study.recipes import Config
+from hyperflux.study.train import fit
 
 
 def one(config, data, folder):

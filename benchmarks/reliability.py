@@ -6,7 +6,7 @@ Runs that are there are not made again. Results go to nbs/results/reliability.js
 """
 import argparse
 
-from hyperflux.lab.recipes import Config
+from hyperflux.study.recipes import Config
 from hyperflux.study.sweep import aimed, recorded, write_family
 
 from benchmarks.common import root as repository

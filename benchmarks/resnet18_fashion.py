@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.common import provenance, write_json
 from hyperflux.lab.checkpoint import checkpoints
-from hyperflux.lab.recipes import recipe
-from hyperflux.lab.train import fit
+from hyperflux.study.recipes import recipe
+from hyperflux.study.train import fit
 
 
 def main():

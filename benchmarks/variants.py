@@ -9,7 +9,7 @@ from torch import nn
 from hyperflux.core.hyperflux import Hyperflux
 from hyperflux.rivals.registry import Method
 from hyperflux.lab.models import lenet300
-from hyperflux.core.pressure import LogController
+from hyperflux.core.control import LogController
 
 
 def variant(untrained=False, settle=None, **more):

@@ -21,14 +21,15 @@ from .lab.data import load_data
 from .deploy.deploy import deploy_run
 from .study.live import LiveTable, plan_text
 from .rivals.registry import METHODS, methods_table
-from .lab.models import make_model, whole_number
-from .lab.processes import World, first, join, leave
+from .lab.models import make_model
+from .helpers import whole_number
+from .lab.processes import first, join, leave
 from .lab.progress import speak_plainly
-from .lab.recipes import RECIPES, Config, recipe as named_recipe, recipes_table
-from .lab.rehearsal import rehearse, rehearsal_text
+from .study.recipes import Config, recipe as named_recipe, recipes_table
+from .study.rehearsal import rehearse, rehearsal_text
 from .study.report import report as write_report
-from .lab.results import read_summary, summary_text
-from .lab.train import fit
+from .study.results import read_summary, summary_text
+from .study.train import fit
 
 # %% ../nbs/cli.ipynb #27742bc9
 def choose_device(

@@ -604,8 +604,8 @@ def little(n_classes, in_shape): return nn.Sequential(nn.Flatten(), nn.AvgPool1d
 @pytest.mark.parametrize('name', ['gmp', 'taylor', 'imp', 'snip', 'grasp', 'rigl', 'magnitude'])
 def test_fit_resumes(name, small, tmp_path, monkeypatch):
     "The training loop, stopped after two and four of six epochs: history, weights and masks as in one go"
-    from hyperflux.lab.recipes import Config
-    from hyperflux.lab.train import fit
+    from hyperflux.study.recipes import Config
+    from hyperflux.study.train import fit
     monkeypatch.setattr(RigL, 'every', 10)
     config = Config(model=f'{__name__}:little', method=name, sparsity=.8, dense_epochs=1, prune_epochs=3, regrow_epochs=2, batch_size=20, crop=2, flip=True)
     whole = fit(config, data=small, progress=False)

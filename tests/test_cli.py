@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.kill import Runner                                                          # noqa: E402
 from hyperflux.lab.checkpoint import checkpoints                                                # noqa: E402
-from hyperflux.lab.recipes import RECIPES, Config                                               # noqa: E402
+from hyperflux.study.recipes import RECIPES, Config                                               # noqa: E402
 
 command = [str(Path(sys.executable).parent/'hyperflux')]
 env = os.environ | dict(OMP_NUM_THREADS='1', COLUMNS='200')
@@ -91,7 +91,7 @@ def test_help_explains_every_option(tmp_path):
     text = ' '.join(hyperflux('prune', '--help', cwd=tmp_path).split())
     for option in '--recipe', '--root', '--download', '--epochs', '--device', '--threads', '--compile', '--out', '--resume', '--overwrite', '--save-steps', '--tensorboard', '--dry-run', '--quiet':
         assert option in text
-    source = Path(sys.modules['hyperflux.lab.recipes'].__file__).read_text()
+    source = Path(sys.modules['hyperflux.study.recipes'].__file__).read_text()
     for f in dataclasses.fields(Config):
         option = '--' + f.name.replace('_', '-')
         comment = next(line.split('#', 1)[1] for line in source.splitlines() if line.startswith(f'    {f.name}:') and '#' in line)

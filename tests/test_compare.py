@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.kill import Runner                                                          # noqa: E402
 from hyperflux.study.comparison import read_comparison                                            # noqa: E402
 from hyperflux.rivals.registry import METHODS                                                       # noqa: E402
-from hyperflux.lab.recipes import Config                                                        # noqa: E402
+from hyperflux.study.recipes import Config                                                        # noqa: E402
 from hyperflux.study.jobs import alone                                                         # noqa: E402
 
 command = [sys.executable, '-m', 'hyperflux', 'compare']

@@ -219,7 +219,6 @@ def test_folders_name_the_unreadable_file(folders):
 def test_workers_use_one_thread_and_leave_ctrl_c_alone(folders):
     code = f"""
 import os, signal, torch
-from hyperflux.lab.data import load_data
 from hyperflux.lab.folders import Pictures
 torch.set_num_threads(2)
 look = lambda self, key: (torch.tensor([torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, os.getpid()]), 0)

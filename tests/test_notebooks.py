@@ -18,7 +18,7 @@ def run(*args, cwd):
     return res.stdout
 
 
-IMPORTS = ['torch', 'torchvision', 'matplotlib.pyplot', 'seaborn', 'fastcore.test', 'nbdev.test', 'nbdev.clean', 'execnb.shell', 'hyperflux.lab.train', 'hyperflux.study.comparison']
+IMPORTS = ['torch', 'torchvision', 'matplotlib.pyplot', 'seaborn', 'fastcore.test', 'nbdev.test', 'nbdev.clean', 'execnb.shell', 'hyperflux.study.train', 'hyperflux.study.comparison']
 
 
 def commands(path, cwd, said):

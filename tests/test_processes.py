@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hyperflux import Hyperflux, Settings
-from hyperflux.core.pressure import land_
+from hyperflux.core.landing import land_
 from hyperflux.lab.processes import World, first, join, leave, wrap
 
 root = Path(__file__).parents[1]

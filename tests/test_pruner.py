@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperflux import Hyperflux, Settings, authors, prunable
 from hyperflux.core.gates import Gated
-from hyperflux.core.pressure import LogController
+from hyperflux.core.control import LogController
 
 quick = Settings(prune=1., settle=0., lr=.01, low=0., high=.1)      # with pressure .03: 237 of 255 weights left after one step, 69 after ten
 staged = Settings(prune=.5, settle=.25, lr=.01, low=0., high=.1)

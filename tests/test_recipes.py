@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_data import make_cifar
 
-import hyperflux.cli, hyperflux.lab.rehearsal
+import hyperflux.cli, hyperflux.study.rehearsal
 from hyperflux.lab.data import load_data
 from hyperflux.lab.models import make_model
-from hyperflux.lab.recipes import DATASETS, RECIPES, Config, cost, recipe
-from hyperflux.lab.train import Run
+from hyperflux.study.recipes import DATASETS, RECIPES, Config, cost, recipe
+from hyperflux.study.train import Run
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -83,13 +83,13 @@ AGAIN = 'resnet50-cifar100', 'vgg19-cifar100', 'deit-s-cifar100', 'resnet50-imag
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.long) if n in AGAIN else n for n in RECIPES])
 def test_runs_at_full_size(name, images, monkeypatch):
-    monkeypatch.setattr(hyperflux.lab.rehearsal, 'Run', Watched)
+    monkeypatch.setattr(hyperflux.study.rehearsal, 'Run', Watched)
     c = recipe(name, batch_size=2, weights='')
     data = images(c.data, c.size)
     assert name == f'{c.model}-{c.data}'.replace('_', '-') or name.endswith('quick') and c.data == 'fashion-small'
     assert data.in_shape == (DATASETS[c.data][1][0], *[c.size]*2) if c.size else data.in_shape == DATASETS[c.data][1]
     assert data.n_classes == DATASETS[c.data][2]
-    r = hyperflux.lab.rehearsal.rehearse(c, data, steps=2)
+    r = hyperflux.study.rehearsal.rehearse(c, data, steps=2)
     run = Watched.made.pop()
     p = run.pruner
     assert len(r['losses']) == 4 and all(map(math.isfinite, r['losses'])) and r['dense'] > 0 and r['prune'] > 0 and r['seconds'] > 0
@@ -201,7 +201,7 @@ def test_starts_from_a_dense_checkpoint(name, head, images, tmp_path, capsys):
     assert 'not taken' not in capsys.readouterr().out
     if c.data != 'imagenet':
         with torch.no_grad(): right = torch.cat([dense(x).argmax(1) == y for x, y in data.loader('test', 1000)])
-        assert abs(hyperflux.lab.train.evaluate(run.model, run.test_loader)['accuracy'] - 100*right.float().mean()) < 1e-4
+        assert abs(hyperflux.study.train.evaluate(run.model, run.test_loader)['accuracy'] - 100*right.float().mean()) < 1e-4
     run.start_pruning()
     present = dict(zip(run.pruner.names, run.pruner._values))
     assert all(torch.equal(present[n], state[n]) for n in present)                       # gates begin open: what is pruned is that network

@@ -350,7 +350,7 @@ def test_two_processes(runner, folder, tmp_path):
     assert differences(tmp_path/'run', tmp_path/'whole') == []
     runner(*PAIR[2:], folder)
     assert json.loads((tmp_path/'whole/summary.json').read_text())['left'] == json.loads((folder/'summary.json').read_text())['left'] == 5324
-    from hyperflux.lab.results import read_history
+    from hyperflux.study.results import read_history
     for two, one in zip(read_history(tmp_path/'whole/history.csv'), read_history(folder/'history.csv'), strict=True):
         assert (two['epoch'], two['stage'], two['lr']) == (one['epoch'], one['stage'], one['lr'])
         assert abs(two['loss'] - one['loss']) < .02 and abs(two['accuracy'] - one['accuracy']) < 2.5 and abs(two['density'] - one['density']) < .05*one['density'], (two, one)
@@ -360,8 +360,8 @@ def evaluates(out):
     "What evaluation looks at, and what it says, in one process or in each of several"
     from hyperflux.lab.data import load_data
     from hyperflux.lab.processes import join
-    from hyperflux.lab.recipes import Config
-    from hyperflux.lab.train import Run
+    from hyperflux.study.recipes import Config
+    from hyperflux.study.train import Run
     torch.set_num_threads(1)
     world = join()
     rows = []

@@ -15,11 +15,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from .driving import warn
-from .flux import FluxMeter
+from .meter import FluxMeter
 from .gated import GatedPruner
 from .gates import initial_presence
-from .pressure import (AuthorsController, LogController, as_number, authors_trajectory, check_reach, check_sparsity,
-                                early, presence_lr)
+from .control import AuthorsController, LogController
+from ..helpers import as_number
+from .pressure import authors_trajectory, check_reach, check_sparsity, early, presence_lr
 from .pruner import check_steps
 
 # %% ../../nbs/core/15_hyperflux.ipynb #6d43ae20

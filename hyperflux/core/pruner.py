@@ -7,7 +7,6 @@ __all__ = ['check_steps', 'span_steps', 'Pruner']
 
 # %% ../../nbs/core/11_pruner.ipynb #b266ba50
 import functools
-from typing import Callable
 
 import torch
 from fastcore.basics import patch
@@ -16,7 +15,8 @@ from torch import nn
 from .driving import Driven, warn
 from .norms import norms_text, rate_text, stale_norms
 from .optimizers import check_optimizer
-from .pressure import as_number, check_sparsity
+from ..helpers import as_number
+from .pressure import check_sparsity
 from .selection import dense_matrices, dense_text, namesakes, select
 from .shards import Shards, check_current, holders, local, reshard, sharded
 from .tally import Tally

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .pressure import land_, nth_largest, shift_
+from .landing import land_, nth_largest, shift_
 
 # %% ../../nbs/core/16_shards.ipynb #fc3cca6b
 def _loaded(module, name): return getattr(sys.modules.get(module), name, ())         # isinstance(x, ()) is False

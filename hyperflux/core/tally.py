@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .flux import format_table
+from ..helpers import format_table
 from .selection import dense_matrices
 from .shards import local, sharded
 

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .channels import Channels, copied, first_line, needed, plainly, stand_in
-from ..core.flux import format_table
+from ..helpers import format_table
 
 # %% ../../nbs/deploy/02_compact.ipynb #576d4056
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                             # those that can take a bias if they have none

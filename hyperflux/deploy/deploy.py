@@ -15,14 +15,13 @@ from fastcore.basics import patch
 from torch import nn
 
 from .channels import evaluating
-from ..lab.checkpoint import atomic
+from ..helpers import atomic, format_table, whole_number, turns
 from .compact import Compaction, compact
 from .files import export_onnx, save_sparse
-from ..core.flux import format_table
 from .operations import dense_bytes, energies, energy, how_many, inputs_of, length_of, operations, samples_of # noqa: F401
-from ..lab.models import whole_number
-from ..lab.results import load_run, origin # noqa: F401
-from .sparsify import Sparsification, sparsify, turns
+from ..study.results import load_run
+from ..helpers import origin# noqa: F401
+from .sparsify import Sparsification, sparsify
 
 # %% ../../nbs/deploy/08_deploy.ipynb #3ef3b7d2
 def _why(e):

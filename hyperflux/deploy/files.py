@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from .channels import evaluating
-from ..lab.checkpoint import atomic
-from ..core.flux import format_table
+from ..helpers import atomic, format_table
 from ..core.shards import sharded
 from ..lab.weights import check_shared
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .scores import top, wanted
 from ..core.driving import warn
 from ..core.gated import GatedPruner
-from ..core.pressure import LogController, as_number
+from ..core.control import LogController
+from ..helpers import as_number
 from ..core.pruner import span_steps
 
 # %% ../../nbs/rivals/04_l0.ipynb #7a702b47

@@ -13,10 +13,9 @@ from typing import Callable
 import torch
 
 from .scores import GMP, IMP, LayerMagnitude, Magnitude, Progressive, Random, imp_levels
-from ..core.flux import format_table
+from ..helpers import format_table, imported
 from ..core.hyperflux import Hyperflux
 from .l0 import L0, check_noisy
-from ..lab.models import imported
 from .gradients import GraSP, RigL, SNIP, Taylor
 from .spectrum import MarchenkoPastur
 

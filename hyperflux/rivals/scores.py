@@ -17,7 +17,9 @@ from fastcore.basics import patch
 
 from ..core.driving import reapply
 from ..core.optimizers import optimizers_in
-from ..core.pressure import as_number, check_sparsity, cubic, land_, linear
+from ..helpers import as_number
+from ..core.pressure import check_sparsity, cubic, linear
+from ..core.landing import land_
 from ..core.pruner import Pruner, check_steps, span_steps
 
 # %% ../../nbs/rivals/00_scores.ipynb #64c44789

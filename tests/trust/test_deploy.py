@@ -8,9 +8,9 @@ from hyperflux.lab.data import Data, Split
 from hyperflux.deploy.deploy import deploy, deploy_run, plot_deploy
 from hyperflux.deploy.files import load_sparse
 from hyperflux.deploy.operations import operations
-from hyperflux.lab.recipes import Config, cost
-from hyperflux.lab.results import load_run
-from hyperflux.lab.train import fit
+from hyperflux.study.recipes import Config, cost
+from hyperflux.study.results import load_run
+from hyperflux.study.train import fit
 
 QUICK = dict(batches=(2,), compiled=False, onnx=False, rounds=1)
 

@@ -7,12 +7,14 @@ from torch import nn
 
 from hyperflux.lab.checkpoint import checkpoints
 from hyperflux.lab.data import Data, Split
-from hyperflux.deploy.deploy import deploy, load_run
+from hyperflux.deploy.deploy import deploy
+from hyperflux.study.results import load_run
 from hyperflux.deploy.files import export_onnx, load_sparse, save_sparse
-from hyperflux.lab.models import load_weights, make_model
-from hyperflux.lab.recipes import Config
+from hyperflux.lab.weights import load_weights
+from hyperflux.lab.models import make_model
+from hyperflux.study.recipes import Config
 from hyperflux.deploy.sparsify import sparsify
-from hyperflux.lab.train import fit
+from hyperflux.study.train import fit
 
 
 class Net(nn.Module):

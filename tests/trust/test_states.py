@@ -7,7 +7,7 @@ from torch import nn
 from hyperflux import Hyperflux, Settings, authors
 from hyperflux.rivals.scores import GMP, IMP, Progressive
 from hyperflux.rivals.l0 import L0
-from hyperflux.core.pressure import LogController
+from hyperflux.core.control import LogController
 from hyperflux.core.norms import renew_norms, stale_norms
 from .helpers import METHODS, accuracy, loss, mlp, nnz, said, train, x, y
 

@@ -5,8 +5,8 @@ import pytest, torch
 
 from hyperflux.cli import main
 from hyperflux.lab.progress import Lines, speak_plainly
-from hyperflux.lab.recipes import Config
-from hyperflux.lab.train import fit
+from hyperflux.study.recipes import Config
+from hyperflux.study.train import fit
 
 COMMANDS = ['--help'], [], ['prune', '--help'], ['compare', '--help'], ['report', '--help'], ['deploy', '--help'], ['recipes', '--help'], ['methods', '--help'], ['methods']
 EPOCHS, STEPS = 5, 79
