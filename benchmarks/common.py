@@ -1,26 +1,21 @@
-"What every benchmark needs: interleaved timing, peak memory, statistics, a table, and a record that says where it comes from."
-import gc, json, multiprocessing, os, platform, random, re, statistics, subprocess, time
-from datetime import date
+"What every benchmark needs: interleaved timing, peak memory, statistics, and a record that says where it comes from."
+import gc, json, multiprocessing, os, random, re, statistics, subprocess, time
 from pathlib import Path
 
 import torch
+
+from hyperflux.helpers import atomic, format_table, origin
 
 root = Path(__file__).parents[1]
 
 
 # Where a number comes from
 
-def processor():
-    "The CPU's name"
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: return platform.processor() or platform.machine()
-    return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')), platform.machine())
-
-
 def git_commit():
     "The commit that ran, with '+' if the package or the benchmarks differ from it; None outside of git"
     git = lambda *a: subprocess.run(['git', *a], cwd=root, text=True, capture_output=True, check=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD') + '+'*bool(git('status', '--porcelain', '--untracked-files=no', '--', 'hyperflux', 'benchmarks'))
+    changed = 'status', '--porcelain', '--untracked-files=no', '--', 'hyperflux', 'benchmarks'
+    try: return git('rev-parse', 'HEAD') + '+'*bool(git(*changed))
     except (OSError, subprocess.CalledProcessError): return None
 
 
@@ -28,11 +23,12 @@ def provenance(
     command:str, # The line that repeats the benchmark
 )->dict:
     "The head of a record"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
-    return dict(command=command, date=str(date.today()), commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
-                hardware=dict(cpu=processor(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-                              threads=torch.get_num_threads(), gpu=gpus[0] if gpus else None, load_before=load))
+    made, gpu = origin(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    hardware = dict(cpu=made['hardware'], cores=cores, threads=torch.get_num_threads(), gpu=gpu,
+                    load_before=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None)
+    return dict(command=command, date=made['date'], commit=git_commit(), torch=made['torch'], python=made['python'],
+                hardware=hardware)
 
 
 def write_json(
@@ -40,13 +36,12 @@ def write_json(
     path, # Its folder is made
 ):
     "A record as JSON, one row of a list per line, so that two of them compare well"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = lambda xs: '[\n    ' + ',\n    '.join(json.dumps(x) for x in xs) + ']' if xs else '[]'
-    body = ',\n'.join(f'  {json.dumps(k)}: {rows(v) if isinstance(v, list) else json.dumps(v)}' for k, v in record.items())
-    part = path.with_name(path.name + '.part')
-    part.write_text('{\n' + body + '\n}\n', encoding='utf-8')
-    part.replace(path)                                                  # a record is whole, also when the program is stopped
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    def written(v):
+        if not isinstance(v, list) or not v: return json.dumps(v)
+        return '[\n    ' + ',\n    '.join(map(json.dumps, v)) + ']'
+    body = ',\n'.join(f'  {json.dumps(k)}: {written(v)}' for k, v in record.items())
+    with atomic(path, 'w') as f: f.write('{\n' + body + '\n}\n')   # a record is whole, also when the program is stopped
 
 
 def spelled(
@@ -65,14 +60,19 @@ def resume(
     "Goes on with a record that is there"
     if not path or not Path(path).exists(): return record
     old, new = json.loads(Path(path).read_text(encoding='utf-8')), json.loads(json.dumps(record))
-    def origin(r):
-        fields = {k: r.get(k) for k in ('benchmark', 'smoke', 'commit', 'torch', *same)} | {'gpu': r.get('hardware', {}).get('gpu')}
-        return {f'{k} {j}'.strip(): x for k, v in fields.items() for j, x in (v.items() if isinstance(v, dict) else [('', v)])}
-    was, now = origin(old), origin(new)
-    differ = [f'{k} {was.get(k)!r} there, {now.get(k)!r} here' for k in dict.fromkeys([*was, *now]) if was.get(k) != now.get(k)]
-    if differ: raise ValueError(f"{path} holds a record of another origin ({'; '.join(differ)}): --fresh begins anew, another --out keeps both")
+    def fields(r):
+        flat = {k: r.get(k) for k in ('benchmark', 'smoke', 'commit', 'torch', *same)}
+        flat['gpu'] = r.get('hardware', {}).get('gpu')
+        parts = [(k, v if isinstance(v, dict) else {'': v}) for k, v in flat.items()]
+        return {f'{k} {j}'.strip(): x for k, v in parts for j, x in v.items()}
+    was, now = fields(old), fields(new)
+    differ = [f'{k} {was.get(k)!r} there, {now.get(k)!r} here' for k in was | now if was.get(k) != now.get(k)]
+    if differ:
+        raise ValueError(f"{path} holds a record of another origin ({'; '.join(differ)}): "
+                         "--fresh begins anew, another --out keeps both")
     lines = [*old['command'].split('; '), record['command']]
-    return record | dict(command='; '.join(dict.fromkeys(lines))) | {k: old[k] for k, v in record.items() if isinstance(v, list) and k in old}
+    there = {k: old[k] for k, v in record.items() if isinstance(v, list) and k in old}
+    return record | dict(command='; '.join(dict.fromkeys(lines))) | there
 
 
 def stats(
@@ -80,7 +80,8 @@ def stats(
 )->dict: # n, median, q1, q3, mean, std
     "What a list of times says"
     q1, median, q3 = statistics.quantiles(xs, n=4, method='inclusive') if len(xs) > 1 else xs*3
-    return dict(n=len(xs), median=median, q1=q1, q3=q3, mean=statistics.fmean(xs), std=statistics.stdev(xs) if len(xs) > 1 else 0.)
+    std = statistics.stdev(xs) if len(xs) > 1 else 0.
+    return dict(n=len(xs), median=median, q1=q1, q3=q3, mean=statistics.fmean(xs), std=std)
 
 
 def table(
@@ -89,16 +90,14 @@ def table(
     left:int=2, # How many columns, from the first, are words
 )->str:
     "Aligned text"
-    cells = [head, *rows]
-    width = [max(map(len, col)) for col in zip(*cells)]
-    return '\n'.join('  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width))).rstrip() for row in cells)
+    return format_table(head, rows, left)
 
 
 # Time
 
 def _burst(step, batches, device):
     "Milliseconds of each step but the first, which only warms caches"
-    if device.type == 'cuda':                       # events: launches of one step overlap the work of the one before, as in training
+    if device.type == 'cuda':           # events: a step's launches overlap the work of the one before, as in training
         marks = [torch.cuda.Event(enable_timing=True) for _ in batches]
         for b, mark in zip(batches, marks): step(*b), mark.record()
         torch.cuda.synchronize()
@@ -118,7 +117,7 @@ def interleave(
     burst:int, # Timed steps in a turn
     warmup:int, # Untimed steps of each before all
 )->dict: # Name → one list of milliseconds per round
-    "Times of several functions under the same drift: short turns, the same batches for all in a round, garbage collected in between"
+    "Times of several functions under the same drift: short turns, in a round the same batches for all"
     order, rng, times = list(steps), random.Random(0), {k: [] for k in steps}
     for step in steps.values():
         for _ in range(warmup): step(*batch())
@@ -165,10 +164,11 @@ def _resident(field):
 def fresh_process(
     modules:list[str], # Imported once by the server from which the processes are forked
 ):
-    "Makes a context whose every process starts from the same small memory, where freed memory goes back to the system at once"
+    "A context whose every process starts from the same small memory, and gives what it frees back at once"
     if 'forkserver' not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context('spawn')
     from multiprocessing.forkserver import ensure_running
-    context, freeing = multiprocessing.get_context('forkserver'), dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+    context = multiprocessing.get_context('forkserver')
+    freeing = dict.fromkeys(('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'), '65536')
     context.set_forkserver_preload(modules)
     os.environ.update(freeing)                                          # read by glibc at the start of a program
     ensure_running()
@@ -181,7 +181,7 @@ def peak(
     device:torch.device,
     n:int=10, # Steps
 )->int|None: # Bytes; None where the system does not tell
-    "Most memory in use during `n` steps above what was in use before: the allocator's own count on CUDA, the process's resident memory on the CPU"
+    "Most memory in use during `n` steps above what was before: allocated on CUDA, resident on the CPU"
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.empty_cache()
@@ -192,7 +192,7 @@ def peak(
         return torch.cuda.max_memory_allocated() - before
     before = _resident('VmRSS')
     if before is None: return None
-    try: Path('/proc/self/clear_refs').write_text('5')                  # forget earlier peaks, such as that of an import
+    try: Path('/proc/self/clear_refs').write_text('5')              # forget earlier peaks, such as that of an import
     except OSError: pass
     step = make()
     for _ in range(n): step()

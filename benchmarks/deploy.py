@@ -1,8 +1,10 @@
-"""What pruned networks weigh and how fast they are, in all forms: LeNet-300-100 from the main job at 99 %, VGG-19 with its deep layers at 99 %.
+"""What pruned networks weigh and how fast they are, in all forms.
 
-    python -m benchmarks.deploy lenet      trains with `hyperflux prune --sparsity .99` if runs/deploy-lenet300 is not there
-    python -m benchmarks.deploy vgg        trains VGG-19 for 100 steps on the shipped images, gradual magnitude pruning, if runs/deploy-vgg19.sparse is not there
+    python -m benchmarks.deploy lenet      LeNet-300-100 from the main job at 99 %
+    python -m benchmarks.deploy vgg        VGG-19, trained for 100 steps on the shipped images, deep layers at 99 %
     python -m benchmarks.deploy sizes      files of LeNet-300-100 at 90, 95, 98 and 99 %
+
+Networks are trained unless they are there: runs/deploy-lenet300-SPARSITY, runs/deploy-vgg19.sparse.
 
 Give it a machine with nothing else to do. Records go to nbs/results/deploy_NAME.json.
 """
@@ -13,12 +15,13 @@ import torch
 from torch import nn
 
 from hyperflux.rivals.scores import GMP
-from hyperflux.lab.data import load_data
-from hyperflux.deploy.deploy import deploy, deploy_run
+from hyperflux.lab.datasets import load_data
+from hyperflux.deploy.forms import deploy, deploy_run
 from hyperflux.study.results import load_run
-from hyperflux.deploy.files import load_sparse, save_sparse
+from hyperflux.deploy.loading import load_sparse
+from hyperflux.deploy.files import save_sparse
 from hyperflux.lab.models import vgg19
-from hyperflux.study.train import no_denormals
+from hyperflux.study.run import no_denormals
 
 from benchmarks.common import provenance, root as repository, spelled, write_json
 
@@ -49,15 +52,16 @@ def train_vgg(steps):
 
 
 def accuracy(net):
-    right = n = 0
+    data, right = load_data('fashion-small'), 0
     with torch.inference_mode():
-        for x, y in load_data('fashion-small').loader('test', 250): right, n = right + (net(picture(x)).argmax(1) == y).sum().item(), n + len(y)
-    return 100*right/n
+        for x, y in data.loader('test', 250): right += (net(picture(x)).argmax(1) == y).sum().item()
+    return 100*right/len(data.test.images)
 
 
 def run_of(sparsity):
     folder = RUN.with_name(f'{RUN.name}-{sparsity}')
-    if not (folder/'summary.json').is_file(): subprocess.run([sys.executable, '-m', 'hyperflux', 'prune', '--sparsity', str(sparsity), '--out', str(folder), '--quiet'], check=True)
+    prune = sys.executable, '-m', 'hyperflux', 'prune', '--quiet', '--sparsity', str(sparsity), '--out', str(folder)
+    if not (folder/'summary.json').is_file(): subprocess.run(prune, check=True)
     return folder
 
 
@@ -74,7 +78,8 @@ def vgg(a):
     convs = {n: m.weight for n, m in net.named_modules() if isinstance(m, nn.Conv2d)}
     layers = [dict(name=n, shape=list(w.shape), density=(w != 0).float().mean().item()) for n, w in convs.items()]
     torch.manual_seed(0)
-    return deploy(net, torch.randn(64, 3, 32, 32), rounds=a.rounds, name='VGG-19, deep layers at 99 %', say=print), dict(accuracy=accuracy(net), layers=layers)
+    report = deploy(net, torch.randn(64, 3, 32, 32), rounds=a.rounds, name='VGG-19, deep layers at 99 %', say=print)
+    return report, dict(accuracy=accuracy(net), layers=layers)
 
 
 def sizes(a):
@@ -82,11 +87,12 @@ def sizes(a):
     for s in (.9, .95, .98, .99):
         net, summary, _ = load_run(run_of(s))
         path = RUN.with_name('size.sparse')
-        save_sparse(net, path)
+        size = save_sparse(net, path).bytes
         dense = 4*sum(p.numel() for p in net.parameters())
         back = load_sparse(path)
         assert all(torch.equal(v, back[k]) for k, v in net.state_dict().items())
-        rows.append(dict(sparsity=s, left=summary['left'], accuracy=summary['accuracy'], dense=dense, bytes=path.stat().st_size, share=path.stat().st_size/dense))
+        reached = {k: summary[k] for k in ('left', 'accuracy')}
+        rows.append(dict(sparsity=s, **reached, dense=dense, bytes=size, share=size/dense))
         path.unlink()
     return None, dict(files=rows)
 

@@ -10,8 +10,8 @@ become zeros, and so does half of their biases (seed 0); batch norms then get th
 
 Equal: the smaller network gives the same on four inputs, to 1e-5 of the largest output; in double precision if rounding
 alone takes them further. Refused: `compact` says itself why not. All else that is raised is a fault. `spread` is how
-far the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and a
-time limit of its own; the record grows row by row, and the same command goes on where it was stopped.
+far the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and
+a time limit of its own; the record grows row by row, and the same command goes on where it was stopped.
 """
 import argparse, re, sys, time, traceback, warnings
 from pathlib import Path
@@ -129,7 +129,7 @@ def prune(net, shape):
 def own_refusal(e):
     "Whether `compact` itself says that it cannot"
     raised = Path(traceback.extract_tb(e.__traceback__)[-1].filename)
-    return isinstance(e, (RuntimeError, ValueError)) and raised.parent == Path(hyperflux.__file__).parent
+    return isinstance(e, (RuntimeError, ValueError)) and Path(hyperflux.__file__).parent in raised.parents
 
 
 def one(key, variants):
@@ -173,7 +173,8 @@ def within(context, limit, key, variants):
     process.start()
     theirs.close()
     row = dict(zip(('source', 'family'), key.split()))
-    try: return ours.recv() if ours.poll(limit) else row | dict(outcome='time', reason=f'not done after {limit} seconds')
+    late = dict(outcome='time', reason=f'not done after {limit} seconds')
+    try: return ours.recv() if ours.poll(limit) else row | late
     except EOFError: return row | dict(outcome='fault', reason='the process ended without a word')
     finally:
         process.join(1)

@@ -18,11 +18,13 @@ from statistics import mean, stdev
 import torch
 from safetensors.torch import save_model
 
-from hyperflux.lab.data import Data, Split, load_data
+from hyperflux.lab.data import Data, Split
+from hyperflux.lab.datasets import load_data
 from hyperflux.lab.models import MODELS
-from hyperflux.study.recipes import Config
+from hyperflux.study.config import Config
 from hyperflux.study.results import summary, write_history
-from hyperflux.study.train import Run, fit, train_epoch
+from hyperflux.study.run import Run, train_epoch
+from hyperflux.study.train import fit
 
 from .common import provenance, resume, spelled, table, write_json
 

@@ -1,8 +1,10 @@
 """Where density goes under constant pressure: the runs behind the tutorials on convergence and on the pruning law.
 
-    python -m benchmarks.law law          LeNet-300-100 on full Fashion-MNIST, 12 pressures, 2 seeds; then a prediction for 3 others, and these
+    python -m benchmarks.law law          LeNet-300-100 on full Fashion-MNIST, 12 pressures, 2 seeds; then a prediction
+                                          for 3 others, and these
     python -m benchmarks.law conv         a small convolutional network on the shipped images, 12 pressures
-    python -m benchmarks.law converge     at one pressure of the law's: other beginnings, learning rates, dense epochs, gradient descent on presences
+    python -m benchmarks.law converge     at one pressure of the law's: other beginnings, learning rates, dense epochs,
+                                          gradient descent on presences
     python -m benchmarks.law bottleneck   one layer gated, pressure five times as high every ten epochs
 
 Runs that are there are not made again. Results go to nbs/results/NAME.json, NAME_runs.csv and NAME_curves.csv.
@@ -12,11 +14,12 @@ from pathlib import Path
 
 from torch import nn
 
-from hyperflux.lab.data import load_data
-from hyperflux.core.hyperflux import Settings
+from hyperflux.lab.datasets import load_data
+from hyperflux.core.settings import Settings
 from hyperflux.study.laws import FORMS, fit_law
-from hyperflux.study.recipes import Config
-from hyperflux.study.sweep import recorded, under_pressure, write_family
+from hyperflux.study.config import Config
+from hyperflux.study.jobs import Job, run_jobs
+from hyperflux.study.sweep import under_pressure, write_family
 
 from benchmarks.common import root as repository
 
@@ -27,8 +30,8 @@ SEEDS = 0, 1
 
 def small_conv(n_classes=10, in_shape=(1, 28, 28)):
     "Two convolutions with stride 2 and two linear layers, 21,000 weights"
-    return nn.Sequential(nn.Conv2d(in_shape[0], 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, n_classes))
+    return nn.Sequential(nn.Conv2d(in_shape[0], 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, n_classes))
 
 
 def staircase(epoch):
@@ -41,35 +44,42 @@ def config(seed=0, data='fashion-mnist', epochs=60, dense=0, model='lenet300', *
 
 
 def law(run, out, smoke):
-    make = lambda g, s: (under_pressure, (config(s, **tiny(smoke)), g), {})
     seeds, pressures, held = (SEEDS[:1], PRESSURES[::2], HELD_OUT[1:2]) if smoke else (SEEDS, PRESSURES, HELD_OUT)
-    seen = run([make(g, s) for s in seeds for g in pressures])
+    make = lambda gammas: run([dict(config=config(s, **tiny(smoke)), gamma=g) for s in seeds for g in gammas])
+    seen = make(pressures)
     rows = [r['row'] for r in seen]
     fits = {f: fit_law([r['gamma'] for r in rows], [r['density'] for r in rows], f) for f in FORMS}
     # written down before the other pressures are run
-    said = [dict(form=f, gamma=g, y=y, low=low, high=high) for f, w in fits.items() for g, y, low, high in zip(held, *(w.predict(held)[k].tolist() for k in ('y', 'low', 'high')))]
+    said = []
+    for form, w in fits.items():
+        at = {k: v.tolist() for k, v in w.predict(held).items()}
+        for i, g in enumerate(held): said.append(dict(form=form, gamma=g) | {k: at[k][i] for k in ('y', 'low', 'high')})
     Path(f'{out}_predicted.json').write_text(json.dumps(said, indent=1) + '\n')
-    return seen + run([make(g, s) for s in seeds for g in held])
+    return seen + make(held)
 
 
 def conv(run, out, smoke):
     more = tiny(smoke) or dict(data='fashion-small', epochs=150)
-    return run([(under_pressure, (config(model='benchmarks.law:small_conv', **more), g), {}) for g in PRESSURES[:2 if smoke else None]])
+    c = config(model='benchmarks.law:small_conv', **more)
+    return run([dict(config=c, gamma=g) for g in PRESSURES[:2 if smoke else None]])
 
 
 def converge(run, out, smoke):
     adam, gamma = functools.partial(Settings, lr=1e-3), 4.
-    kinds = {'trained first': (adam(), 10), 'low start': (adam(low=.05, high=.1), 0), 'high start': (adam(low=1., high=1.), 0), 'slow': (adam(lr=3e-4), 0), 'fast': (adam(lr=3e-3), 0),
+    kinds = {'trained first': (adam(), 10), 'low start': (adam(low=.05, high=.1), 0),
+             'high start': (adam(low=1., high=1.), 0), 'slow': (adam(lr=3e-4), 0), 'fast': (adam(lr=3e-3), 0),
              'gradient descent': (Settings(sgd=True, lr=1e-3, low=2e-4, high=2e-4), 0)}
     if smoke: kinds = {k: (kinds[k][0], min(kinds[k][1], 1)) for k in ('trained first', 'gradient descent')}
-    results = run([(under_pressure, (config(dense=dense, **tiny(smoke)), gamma), dict(settings=s)) for s, dense in kinds.values()])
+    make = lambda settings, dense: dict(config=config(dense=dense, **tiny(smoke)), gamma=gamma, settings=settings)
+    results = run([make(*kind) for kind in kinds.values()])
     for kind, r in zip(kinds, results):
         if 'row' in r: r['row'] = dict(kind=kind, **r['row'])
     return results
 
 
 def bottleneck(run, out, smoke):
-    return run([(under_pressure, (config(s, **tiny(smoke)), staircase), dict(targets='5', looks=600)) for s in SEEDS[:1 if smoke else None]])
+    how = dict(gamma=staircase, targets='5', looks=600)
+    return run([dict(config=config(s, **tiny(smoke)), **how) for s in SEEDS[:1 if smoke else None]])
 
 
 def tiny(smoke): return dict(data='fashion-small', epochs=1, batch_size=16) if smoke else {}
@@ -85,15 +95,19 @@ def main():
     p.add_argument('--smoke', action='store_true', help='one seed, one epoch: does it run at all?')
     a = p.parse_args()
     out = a.out or repository/f'nbs/results/{dict(law="law_lenet300", conv="law_conv").get(a.what, a.what)}'
-    load_data('fashion-small' if a.smoke or a.what == 'conv' else 'fashion-mnist', **(dict(root=a.root) if a.root else {}))         # says at once if it is not there
-    def run(jobs):
-        rooted = [(do, args, kw | (dict(root=a.root) if a.root and not a.smoke and a.what != 'conv' else {})) for do, args, kw in jobs]
-        return recorded(rooted, a.runs, processes=a.processes, show=lambda n, total: print(f'{n} of {total}', flush=True))
+    shipped = a.smoke or a.what == 'conv'
+    root = None if shipped else a.root
+    load_data('fashion-small' if shipped else 'fashion-mnist', root)                # says at once if it is not there
+    def run(asked):
+        jobs = [Job.of(under_pressure, **kw, root=root) for kw in asked]
+        say = lambda done, total: print(f'{len(done)} of {total}', flush=True)
+        return run_jobs(jobs, a.runs, processes=a.processes, show=say)
     results = globals()[a.what](run, out, a.smoke)
     write_family(results, out, f'python -m benchmarks.law {a.what}')
+    short = lambda v: f'{v:.4g}' if isinstance(v, float) else v
     for r in results:
         if 'error' in r: print(r['error'])
-        else: print(*(f'{k} {r["row"][k]:.4g}' if isinstance(r['row'][k], float) else f'{k} {r["row"][k]}' for k in ('gamma', 'seed', 'density', 'drift', 'accuracy')))
+        else: print(*(f'{k} {short(r["row"][k])}' for k in ('gamma', 'seed', 'density', 'drift', 'accuracy')))
 
 
 if __name__ == '__main__': main()

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.common import provenance, write_json
 from hyperflux.lab.checkpoint import checkpoints
-from hyperflux.lab.data import load_data
-from hyperflux.study.recipes import Config
+from hyperflux.lab.datasets import load_data
+from hyperflux.study.config import Config
 from hyperflux.study.train import fit
 
 

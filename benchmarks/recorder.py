@@ -1,4 +1,5 @@
-"""What watching costs: a training step of LeNet-300-100 under Hyperflux, alone, with a `Recorder` on 100 and on 1,000 weights, and with `Returns` on all.
+"""What watching costs: a training step of LeNet-300-100 under Hyperflux, alone, with a `Recorder` on 100 and on 1,000
+weights, and with `Returns` on all.
 
     python -m benchmarks.recorder --out nbs/results/recorder.json
 
@@ -15,7 +16,8 @@ from hyperflux.study.recorder import Recorder, Returns
 from .common import interleave, provenance, ratios, spelled, stats, table, write_json
 from .step import STEPS, adam, batches, plain_step
 
-WATCH = {'alone': lambda p: None, 'Recorder, 100 weights': lambda p: Recorder(p, 100), 'Recorder, 1,000 weights': lambda p: Recorder(p, 1000), 'Returns': Returns}
+WATCH = {'alone': lambda p: None, 'Recorder, 100 weights': lambda p: Recorder(p, 100),
+         'Recorder, 1,000 weights': lambda p: Recorder(p, 1000), 'Returns': Returns}
 
 
 def make(watch, device):
@@ -37,10 +39,14 @@ def main():
     torch.set_num_threads(a.threads)
     device = torch.device(a.device)
     torch.set_flush_denormal(True)
-    record = provenance(spelled('python -m benchmarks.recorder', ['--rounds', str(a.rounds), '--device', a.device, '--threads', str(a.threads)]))
-    times = interleave({k: make(w, device) for k, w in WATCH.items()}, batches('lenet300', device), device, a.rounds, 10, 30)
+    asked = ['--rounds', str(a.rounds), '--device', a.device, '--threads', str(a.threads)]
+    record = provenance(spelled('python -m benchmarks.recorder', asked))
+    steps = {k: make(w, device) for k, w in WATCH.items()}
+    times = interleave(steps, batches('lenet300', device), device, a.rounds, 10, 30)
     rows = [dict(way=k, **stats([t for r in v for t in r]), ratio=ratios(v, times['alone'])) for k, v in times.items()]
-    print(table(('way', 'n', 'median (ms)', '× alone', 'quartiles'), [(r['way'], str(r['n']), f"{r['median']:.3f}", f"{r['ratio']['median']:.3f}", f"{r['ratio']['q1']:.3f} to {r['ratio']['q3']:.3f}") for r in rows], left=1))
+    cells = [(r['way'], str(r['n']), f"{r['median']:.3f}", f"{r['ratio']['median']:.3f}",
+              f"{r['ratio']['q1']:.3f} to {r['ratio']['q3']:.3f}") for r in rows]
+    print(table(('way', 'n', 'median (ms)', '× alone', 'quartiles'), cells, left=1))
     if a.out: write_json(record | dict(rows=rows), a.out)
 
 

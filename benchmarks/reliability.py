@@ -1,18 +1,20 @@
-"""Does the scheduler arrive? Runs at many targets, lengths, batch sizes and networks, ours and the authors', on the shipped images.
+"""Does the scheduler arrive? Runs at many targets, lengths, batch sizes and networks, ours and the authors'.
 
     python -m benchmarks.reliability
 
-Runs that are there are not made again. Results go to nbs/results/reliability.json, reliability_runs.csv and reliability_curves.csv.
+All on the shipped images. Runs that are there are not made again. Results go to nbs/results/reliability.json,
+reliability_runs.csv and reliability_curves.csv.
 """
 import argparse
 
-from hyperflux.study.recipes import Config
-from hyperflux.study.sweep import aimed, recorded, write_family
+from hyperflux.study.config import Config
+from hyperflux.study.jobs import Job, run_jobs
+from hyperflux.study.sweep import aimed, write_family
 
 from benchmarks.common import root as repository
 
 TARGETS = .5, .8, .9, .95, .98, .99, .995, .999
-LENGTHS = 2, 5, 10, 20, 50                                                   # epochs in all under the method: half prune, half regrow
+LENGTHS = 2, 5, 10, 20, 50                              # epochs in all under the method: half prune, half regrow
 
 
 def grid(smoke=False):
@@ -20,24 +22,29 @@ def grid(smoke=False):
     run = lambda length, **kw: Config(dense_epochs=2, prune_epochs=(length + 1)//2, regrow_epochs=length//2, **kw)
     if smoke: return [run(5, sparsity=.7, batch_size=32, method=m) for m in ('hyperflux', 'authors')]
     seeds = lambda n: (0, 1) if n <= 10 else (0,)                            # the long ones once
-    wide = [run(n, sparsity=s, seed=seed, batch_size=b) for n in LENGTHS for b in (32, 128) for s in TARGETS for seed in seeds(n) if (n, b) != (50, 32)]
+    wide = [run(n, sparsity=s, seed=seed, batch_size=b)
+            for n in LENGTHS for b in (32, 128) for s in TARGETS for seed in seeds(n) if (n, b) != (50, 32)]
     large = [run(n, sparsity=s, batch_size=512) for n in (10, 20, 50) for s in TARGETS]
-    conv = [run(n, sparsity=s, seed=seed, batch_size=64, model='benchmarks.law:small_conv') for n in LENGTHS for s in TARGETS[:-1] for seed in seeds(n)]
+    conv = [run(n, sparsity=s, seed=seed, batch_size=64, model='benchmarks.law:small_conv')
+            for n in LENGTHS for s in TARGETS[:-1] for seed in seeds(n)]
     theirs = [run(n, sparsity=s, batch_size=64, method='authors') for n in LENGTHS for s in TARGETS]
     return wide + large + conv + theirs
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--runs', default='runs/reliability', help='folder for the single runs, with which it goes on (runs/reliability)')
-    p.add_argument('--out', default=repository/'nbs/results/reliability', help='where the record goes, without ending (nbs/results/reliability)')
+    p.add_argument('--runs', default='runs/reliability', help='folder for the single runs (runs/reliability)')
+    p.add_argument('--out', default=repository/'nbs/results/reliability',
+                   help='where the record goes, without ending (nbs/results/reliability)')
     p.add_argument('--processes', type=int, default=2, help='runs at a time (2)')
     p.add_argument('--smoke', action='store_true', help='two runs: does it run at all?')
     a = p.parse_args()
     todo = grid(a.smoke)
-    results = recorded([(aimed, (c,), {}) for c in todo], a.runs, processes=a.processes, show=lambda n, total: print(f'{n} of {total}', flush=True))
-    for c, r in zip(todo, results):                                          # a run that was refused is a row too, with its settings
-        if 'error' in r: r['row'] = dict(model=c.model, data=c.data, method=c.method, sparsity=c.sparsity, seed=c.seed, batch_size=c.batch_size, prune_epochs=c.prune_epochs, regrow_epochs=c.regrow_epochs)
+    say = lambda done, total: print(f'{len(done)} of {total}', flush=True)
+    results = run_jobs([Job.of(aimed, c) for c in todo], a.runs, processes=a.processes, show=say)
+    asked = 'model', 'data', 'method', 'sparsity', 'seed', 'batch_size', 'prune_epochs', 'regrow_epochs'
+    for c, r in zip(todo, results):                     # a run that was refused is a row too, with its settings
+        if 'error' in r: r['row'] = {k: getattr(c, k) for k in asked}
     write_family(results, a.out, 'python -m benchmarks.reliability')
 
 

@@ -177,7 +177,7 @@ def parts_of(step, pruner, batch, device, n, warmup):
         setattr(owner, name, f)
     if pruner:
         pruner.detach()                                                 # the optimiser holds the hooks themselves, so they are handed over anew
-        for name in ('_pre', '_post', '_before', '_after', '_move'): timed(pruner, name)
+        for name in ('_pre', '_post', 'before_step', 'after_step', 'move'): timed(pruner, name)
         pruner.attach()
         timed(pruner.optimizer, 'step')
     for i in range(warmup + n):
@@ -197,8 +197,8 @@ def profile(model, way, device, n, warmup):
 def shares(m):
     "What `parts_of` found, as parts that add up"
     return dict(total=m['total'], forward_backward=m['total'] - m['step'],
-                optimiser=m['step'] - m['_pre'] - m['_post'], pre_hook=m['_pre'], post_hook=m['_post'], of_pre_before=m['_before'],
-                of_post_presences=m['_move'], of_post_weights=m['_after'] - m['_move'])
+                optimiser=m['step'] - m['_pre'] - m['_post'], pre_hook=m['_pre'], post_hook=m['_post'], of_pre_before=m['before_step'],
+                of_post_presences=m['move'], of_post_weights=m['after_step'] - m['move'])
 
 
 # The command

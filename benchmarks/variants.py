@@ -1,31 +1,33 @@
-"""Hyperflux otherwise: methods for `hyperflux compare` that each change one thing, to find out what a difference comes from.
+"""Hyperflux otherwise: methods for `hyperflux compare` that change one thing each, to find what makes a difference.
 
-    hyperflux compare --methods hyperflux,l0,benchmarks.variants:untrained,benchmarks.variants:late --sparsities .9,.98 --valid .1 …
+    hyperflux compare --methods hyperflux,benchmarks.variants:untrained,benchmarks.variants:late --sparsities .9,.98 …
 """
 import dataclasses, functools
 
 from torch import nn
 
-from hyperflux.core.hyperflux import Hyperflux
-from hyperflux.rivals.registry import Method
-from hyperflux.lab.models import lenet300
 from hyperflux.core.control import LogController
+from hyperflux.core.hyperflux import Hyperflux
+from hyperflux.lab.models import lenet300
+from hyperflux.rivals.registry import Method
 
 
 def variant(untrained=False, settle=None, **more):
     "Hyperflux from the first step on, with another share of steps after its landing, or with other settings"
-    def make(run, span, **how):
-        prune = span[1]
-        settings = dataclasses.replace(run.config.settings(), prune=prune, settle=(1 - prune)/2 if settle is None else settle, **more)
-        return Hyperflux(run.model, run.optimizer, settings=settings, seed=run.config.seed, meter=True, compile=run.compile, **how)
-    return Method(make, untrained=untrained)
+    def settings(c): return dataclasses.replace(
+        c.settings(), prune=c.share, settle=(1 - c.share)/2 if settle is None else settle, **more)
+    def make(run, plan):
+        c = run.config
+        return Hyperflux(run.model, run.optimizer, plan=plan, settings=settings(c), seed=c.seed, meter=True,
+                         compile=run.compile, ignore=c.ignored)
+    return Method(make, lambda c, steps: settings(c).plan(steps, c.sparsity), untrained=untrained)
 
 
-untrained = variant(untrained=True)                     # no dense epochs: 50 epochs under its own rule, as hard-concrete L0 has
-late = variant(settle=.05)                              # lands when nearly all is over
-soon = variant(settle=.45)                              # lands as soon as pruning ends: hardly any regrowth
+untrained = variant(untrained=True)         # no dense epochs: 50 epochs under its own rule, as hard-concrete L0 has
+late = variant(settle=.05)                  # lands when nearly all is over
+soon = variant(settle=.45)                  # lands as soon as pruning ends: hardly any regrowth
 
-restless = variant(controller=functools.partial(LogController, rest=0.))     # presences move all along; density is further from its plan
+restless = variant(controller=functools.partial(LogController, rest=0.))  # density is further from its plan
 
 
 def dropout(n_classes=10, in_shape=(1, 28, 28)):

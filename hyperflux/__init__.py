@@ -4,6 +4,4 @@ from importlib.metadata import PackageNotFoundError as _Missing, version as _ver
 try: __version__ = _version('hyperflux')    # from settings.ini, by way of the installed metadata
 except _Missing: __version__ = '0+checkout'  # run from a checkout that is not installed
 
-from hyperflux.core.hyperflux import Hyperflux, Settings, authors  # noqa: E402, F401
-from hyperflux.core.pruner import Pruner  # noqa: E402, F401
-from hyperflux.core.selection import prunable, select  # noqa: E402, F401
+from hyperflux.core import Hyperflux, Pruner, Settings, authors, prunable, select

@@ -26,9 +26,13 @@ def house_style(
     sns.set_theme(style='ticks', palette='colorblind', rc=rc)
 
 # %% ../nbs/plots.ipynb #22902e37
-BLUE, ORANGE, GREEN, RED, VIOLET, BROWN, PINK, GREY, YELLOW, SKY = '#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#ca9161', '#fbafe4', '#949494', '#ece133', '#56b4e9'
-COLORS = dict(present=BLUE, absent=ORANGE, density=BLUE, planned='k', pressure=ORANGE, accuracy=GREEN, births=GREEN, deaths=RED, training=BLUE, held_out=RED, authors=GREY)
-METHODS = dict(hyperflux=BLUE, authors=GREY, random=ORANGE, magnitude=GREEN, gmp=VIOLET, progressive=BROWN, mp=PINK, taylor=ORANGE, l0=GREEN, rigl=RED, snip=ORANGE, grasp=GREEN, imp=RED) | {'magnitude-layer': RED, 'imp-own': RED}
+BLUE, ORANGE, GREEN, RED, VIOLET = '#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc'
+BROWN, PINK, GREY, YELLOW, SKY = '#ca9161', '#fbafe4', '#949494', '#ece133', '#56b4e9'
+COLORS = dict(present=BLUE, absent=ORANGE, density=BLUE, planned='k', pressure=ORANGE, accuracy=GREEN, births=GREEN,
+              deaths=RED, training=BLUE, held_out=RED, authors=GREY)
+METHODS = dict(hyperflux=BLUE, authors=GREY, random=ORANGE, magnitude=GREEN, gmp=VIOLET, progressive=BROWN, mp=PINK,
+               taylor=ORANGE, l0=GREEN, rigl=RED, snip=ORANGE, grasp=GREEN, imp=RED)
+METHODS |= {'magnitude-layer': RED, 'imp-own': RED}
 STAGES = dict(dense='.93', prune='#fbe9d0', regrow='#dcefe0', settle='#dfe9f5', finetune='#dfe9f5')
 
 # %% ../nbs/plots.ipynb #cc25f4aa
@@ -51,7 +55,8 @@ def shade_stages(ax,
     for i, r in enumerate(history):
         if i + 1 < len(history) and history[i + 1]['stage'] == r['stage']: continue
         ax.axvspan(begin, r['epoch'], color=STAGES.get(r['stage'], '.96'), lw=0, zorder=0)
-        ax.annotate(r['stage'], ((begin + r['epoch'])/2, 1), (0, 3), xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center', fontsize=8, color='.35')
+        ax.annotate(r['stage'], ((begin + r['epoch'])/2, 1), (0, 3), xycoords=('data', 'axes fraction'),
+                    textcoords='offset points', ha='center', fontsize=8, color='.35')
         begin = r['epoch']
     ax.set(xlim=(history[0]['epoch'] - 1, history[-1]['epoch']), xlabel='epoch')
     return ax
@@ -64,13 +69,16 @@ def figure_rows(fig, # A matplotlib figure, drawn
     rows = []
     for ax in fig.axes:
         if ax.get_label() == '<colorbar>': continue
-        panel, whole = ax.get_title() or f'{ax.get_ylabel()} against {ax.get_xlabel()}', {id(part): c.get_label() for c in ax.containers for part in c.get_children()}      # bars and error bars: one label for all
+        panel = ax.get_title() or f'{ax.get_ylabel()} against {ax.get_xlabel()}'
+        whole = {id(part): c.get_label() for c in ax.containers for part in c.get_children()}   # one label for all bars
         def add(kind, series, points, names=('x', 'y')):
-            series = '' if str(series).startswith('_') else series
-            rows.extend(dict(panel=panel, series=series, kind=kind, **{n: float(f'{float(v):.5g}') for n, v in zip(names, point)}) for point in points)
+            what = dict(panel=panel, series='' if str(series).startswith('_') else series, kind=kind)
+            rows.extend(what | {n: float(f'{float(v):.5g}') for n, v in zip(names, point)} for point in points)
         for line in ax.lines: add('line', whole.get(id(line), line.get_label()), zip(*line.get_data()))
         for p in ax.patches:
-            if isinstance(p, mp.Rectangle): add('bar', whole.get(id(p), p.get_label()), [(p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height())], ('x', 'y', 'x_end', 'y_end'))
+            if isinstance(p, mp.Rectangle):
+                corners = p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height()
+                add('bar', whole.get(id(p), p.get_label()), [corners], ('x', 'y', 'x_end', 'y_end'))
             else: add('outline', p.get_label(), p.get_path().vertices)
         for c in ax.collections:
             if isinstance(c, mc.QuadMesh): add('picture', c.get_label(), _pixels(c.get_array()), ('x', 'y', 'value'))

@@ -1,23 +1,40 @@
-"Fixtures that several tests share."
-import os, shutil, signal, sys
+"Fixtures that several tests share, and the order in which tests are handed out."
+import os, shutil, signal
 from pathlib import Path
 
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')       # files of tests run side by side: more threads than cores would wait for each other
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)     # started with & by a shell, tests inherit that Ctrl-C is ignored
+# Files of tests run side by side: more threads than cores would wait for each other
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Started with & by a shell, tests inherit that Ctrl-C is ignored
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
 root = Path(__file__).parents[1]
-sys.path.insert(0, str(root))                                                   # for benchmarks/
+
+
+# What takes longest is handed out first, so that no core works alone at the end; then the other files; then the other
+# pages, which are short. In seconds of a processor: 80 to 30
+SLOWEST = ('test_survival', 'tutorials/single_weights', 'test_benchmarks', 'test_processes', 'test_cli',
+           'tutorials/pruning_law', 'test_compare', 'study/06_comparison', 'study/02_train', 'tutorials/other_loops')
+
+
+def rank(item):
+    "The place of a test's file, or of its page, among those to be handed out"
+    page = item.path.name == 'test_notebooks.py'
+    name = next((n for n in SLOWEST if f'[{n}]' in item.nodeid or n == item.path.stem), None)
+    return SLOWEST.index(name) if name else len(SLOWEST) + page
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Side by side, a file's tests stay together, for they share fixtures; notebooks, the longest, go one by one. What is marked long has to be asked for."
-    items.sort(key=lambda item: 'tutorials/' not in item.nodeid)               # the longest pages first, or a core would wait for the last of them
+    """A file's tests stay together, for they share fixtures; pages go one by one. What is marked long has to be asked
+    for"""
+    items.sort(key=rank)
     for item in items:
-        if item.get_closest_marker('long') and not os.environ.get('HYPERFLUX_LONG'): item.add_marker(pytest.mark.skip(reason='takes long, and runs with HYPERFLUX_LONG=1'))
-        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
+        if item.get_closest_marker('long') and not os.environ.get('HYPERFLUX_LONG'):
+            item.add_marker(pytest.mark.skip(reason='takes long, and runs with HYPERFLUX_LONG=1'))
+        if item.path.name != 'test_notebooks.py':
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hyperflux.lab.augment import Augment
-from hyperflux.lab.data import find_idx, load_data, pixel_stats, read_idx, system_root
+from hyperflux.lab.datasets import find_idx, load_data, read_idx, system_root
+from hyperflux.lab.data import pixel_stats
 
 root = Path(__file__).parents[1]
 
@@ -28,9 +29,9 @@ def test_shipped_images_are_small():
     assert (find_idx('fashion-small')/'LICENSE').exists()
 
 
-@pytest.mark.parametrize('module', ['data', 'augment', 'folders'])
+@pytest.mark.parametrize('module', ['augment', 'data', 'folders', 'datasets'])
 def test_import_is_light(module):
-    code = f"import sys, hyperflux.{module}; print(*[m for m in ('matplotlib', 'nbdev', 'torchvision', 'IPython') if m in sys.modules])"
+    code = f"import sys, hyperflux.lab.{module}; print(*[m for m in ('matplotlib', 'nbdev', 'torchvision', 'IPython') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 

@@ -1,5 +1,5 @@
 "The notebooks: each runs top to bottom, a second run changes no byte, the package is what they export."
-import filecmp, importlib, json, os, re, shutil, subprocess, sys, time, traceback
+import importlib, json, os, re, shutil, subprocess, sys, time, traceback
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,16 @@ each_notebook = pytest.mark.parametrize('path', paths, ids=[str(p.relative_to('n
 
 def run(*args, cwd):
     "Run a command of this environment on the copy in `cwd`; its output is shown when it fails."
-    env = os.environ | {'PYTHONPATH': str(cwd), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    env = os.environ | {'PYTHONPATH': str(cwd),
+                        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     res = subprocess.run(args, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert res.returncode == 0, res.stdout
     return res.stdout
 
 
-IMPORTS = ['torch', 'torchvision', 'matplotlib.pyplot', 'seaborn', 'fastcore.test', 'nbdev.test', 'nbdev.clean', 'execnb.shell', 'hyperflux.study.train', 'hyperflux.study.comparison']
+IMPORTS = ['torch', 'torch._dynamo', 'torchvision', 'matplotlib.pyplot', 'matplotlib.backends.backend_svg', 'seaborn',
+           'pandas', 'fastcore.test', 'nbdev.test', 'nbdev.clean', 'execnb.shell', 'hyperflux.cli',
+           'hyperflux.deploy.forms']
 
 
 def commands(path, cwd, said):
@@ -39,7 +42,8 @@ def commands(path, cwd, said):
 
 
 def serve():
-    "Imports what most pages need, once, and runs each page it is told of in a fork: that saves ten seconds of processor time each"
+    """Imports what most pages need, once, and runs each page it is told of in a fork: that saves ten seconds of
+    processor time each"""
     for m in IMPORTS: importlib.import_module(m)
     for line in sys.stdin:
         if not (pid := os.fork()): os._exit(commands(*json.loads(line)))
@@ -50,8 +54,10 @@ def serve():
 def rerun(checkout):
     "Gives a notebook's text after a run from top to bottom, outputs saved and cleaned"
     said = checkout/'said.txt'
-    code = f'import sys; sys.path.insert(0, {str(root/"tests")!r}); from test_notebooks import serve; serve()'           # a main module without a file, as in a kernel
-    with subprocess.Popen([sys.executable, '-c', code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+    # a main module without a file, as in a kernel
+    code = f'import sys; sys.path.insert(0, {str(root)!r}); from tests.test_notebooks import serve; serve()'
+    with subprocess.Popen([sys.executable, '-c', code], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as server:
         def rerun(path):
             print(json.dumps([str(path), str(checkout), str(said)]), file=server.stdin, flush=True)
             assert server.stdout.readline() == '0\n', said.read_text()
@@ -65,13 +71,16 @@ def test_runs_and_a_second_run_changes_nothing(path, checkout, rerun):
     began = time.monotonic()
     first = rerun(path)
     if first == (root/path).read_text(): return
-    # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with itself; but not for pages
+    # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with
+    # itself; but not for pages
     # that take long, or the suite would take twice as long on every machine that did not write them.
     assert not os.environ.get('HYPERFLUX_STRICT'), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
     if time.monotonic() - began > 5 and not os.environ.get('HYPERFLUX_LONG'): return
-    run('nbdev-test', path, '--save', '--n-workers', '0', cwd=checkout)     # as a reader does; its sets and dictionaries are hashed otherwise
+    # as a reader does; its sets and dictionaries are hashed otherwise
+    run('nbdev-test', path, '--save', '--n-workers', '0', cwd=checkout)
     run('nbdev-clean', '--fname', path, cwd=checkout)
-    assert (checkout/path).read_text() == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
+    again = (checkout/path).read_text()
+    assert again == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
 
 
 def code_cells(path): return [c for c in read_nb(root/path).cells if c.cell_type == 'code']
@@ -83,27 +92,33 @@ def test_is_fit_to_read(path):
     outputs = [o for c in cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == 'error']
     if any(re.search(r'^import matplotlib|plt\.', c.source, re.M) for c in cells):
-        assert any(k.startswith('image/') for o in outputs for k in o.get('data', {})), 'draws, but holds no picture: run it with --save'
+        assert any(k.startswith('image/') for o in outputs for k in o.get('data',
+            {})), 'draws, but holds no picture: run it with --save'
     assert (root/path).stat().st_size < 1.5e6
     assert max([len(c.source.splitlines()) for c in cells], default=0) <= 80
 
 
-def test_package_is_in_step_with_notebooks(checkout, tmp_path):
+def modules(root): return {str(p.relative_to(root)) for p in (root/'hyperflux').rglob('*.py')}
+
+
+def test_package_is_in_step_with_notebooks(tmp_path):
     for o in ('nbs', 'pyproject.toml', 'settings.ini'):
         (shutil.copytree if (root/o).is_dir() else shutil.copy2)(root/o, tmp_path/o)
-    (tmp_path/'hyperflux').mkdir()
-    for o in ('__init__.py', '__main__.py'): shutil.copy2(root/'hyperflux'/o, tmp_path/'hyperflux')
+    by_hand = {o for o in modules(root) if Path(o).name in ('__init__.py', '__main__.py')}
+    for o in by_hand:
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root/o, tmp_path/o)
     run('nbdev-export', cwd=tmp_path)
-    exported, kept = ({p.name for p in (o/'hyperflux').glob('*.py')} for o in (tmp_path, root))
-    assert exported == kept, 'hyperflux/ holds other modules than the notebooks export'
-    differing = filecmp.cmpfiles(tmp_path/'hyperflux', root/'hyperflux', exported, shallow=False)[1]
+    assert modules(tmp_path) == modules(root), 'hyperflux/ holds other modules than the notebooks export'
+    differing = [o for o in modules(root) if (tmp_path/o).read_bytes() != (root/o).read_bytes()]
     assert not differing, f'{differing} differ from what the notebooks export: run nbdev-export'
 
 
 def test_runs_in_a_jupyter_kernel(tmp_path):
-    shutil.copy2(root/'nbs/00_gates.ipynb', tmp_path)
-    run('jupyter', 'execute', '--inplace', '--kernel_name=python3', tmp_path/'00_gates.ipynb', cwd=root)
-    assert any(c.get('execution_count') for c in read_nb(tmp_path/'00_gates.ipynb').cells)
+    "The first page, as a reader runs it"
+    page = shutil.copy2(root/'nbs/core/00_gates.ipynb', tmp_path)
+    run('jupyter', 'execute', '--inplace', '--kernel_name=python3', page, cwd=root)
+    assert any(c.get('execution_count') for c in read_nb(page).cells)
 
 
 def test_readme_is_in_step_with_the_index():

@@ -1,4 +1,5 @@
-"""Every recipe at its full network size, on small files in the real formats: two steps dense, two pruned. And that a recipe's settings can be had, changed and mistyped.
+"""Every recipe at its full network size, on small files in the real formats: two steps dense, two pruned. And that a
+recipe's settings can be had, changed and mistyped.
 
 On a CPU, in the precision of the recipe (bf16 by autocast is at most twice as slow here as float32), in batches of two.
 """
@@ -7,13 +8,17 @@ import dataclasses, math, struct
 import numpy as np
 import pytest
 import torch
-from test_data import make_cifar
+from tests.test_data import make_cifar
 
 import hyperflux.cli, hyperflux.study.rehearsal
-from hyperflux.lab.data import load_data
+from hyperflux.core.pressure import cubic
+from hyperflux.core.settings import Settings
+from hyperflux.lab.datasets import load_data, shape_of
 from hyperflux.lab.models import make_model
-from hyperflux.study.recipes import DATASETS, RECIPES, Config, cost, recipe
-from hyperflux.study.train import Run
+from hyperflux.study.measure import evaluate
+from hyperflux.study.recipes import RECIPES, cost, in_epochs, recipe
+from hyperflux.study.config import Config
+from hyperflux.study.run import Run
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -31,8 +36,10 @@ def make_idx(folder):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, n in ('train', 120), ('t10k', 20):
-        (folder/f'{split}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 0x803, n, 28, 28) + rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes())
-        (folder/f'{split}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 0x801, n) + rng.integers(0, 10, n, dtype=np.uint8).tobytes())
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        (folder/f'{split}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 0x803, n, 28, 28) + images)
+        labels = rng.integers(0, 10, n, dtype=np.uint8).tobytes()
+        (folder/f'{split}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 0x801, n) + labels)
 
 
 def make_imagenet(folder):
@@ -53,7 +60,8 @@ def images(tmp_path_factory):
         def load(name, size=0):
             if name not in made:
                 folder = made[name] = tmp_path_factory.mktemp(name)
-                if name.endswith('mnist'): make_idx(folder/{'mnist': 'MNIST', 'fashion-mnist': 'FashionMNIST'}[name]/'raw')
+                theirs = {'mnist': 'MNIST', 'fashion-mnist': 'FashionMNIST'}
+                if name in theirs: make_idx(folder/theirs[name]/'raw')
                 elif name.startswith('cifar'): make_cifar(name.upper(), folder, patch)
                 elif name == 'imagenet': make_imagenet(folder)
             return load_data(name, None if name == 'fashion-small' else made[name], size=size)
@@ -63,9 +71,12 @@ def images(tmp_path_factory):
 # Every recipe
 
 PARAMETERS = { # (model, data) → known from the papers, torchvision or by hand; biases and norms included
-    ('lenet300', 'mnist'): 266_610, ('lenet5', 'mnist'): 431_080, ('resnet18', 'cifar10'): 11_173_962, ('resnet50', 'cifar10'): 23_520_842, ('resnet50', 'cifar100'): 23_705_252,
-    ('vgg19', 'cifar10'): 20_040_522, ('vgg19', 'cifar100'): 20_086_692, ('resnet50', 'imagenet'): 25_557_032, ('deit_t', 'imagenet'): 5_717_416, ('deit_s', 'imagenet'): 22_050_664}
-TENSORS = dict(lenet300=3, lenet5=4, resnet18=21, resnet50=54, vgg19=17, vgg_like=15, deit_t=48, deit_s=48)       # that are pruned; DeiT: 12 layers of 4
+    ('lenet300', 'mnist'): 266_610, ('lenet5', 'mnist'): 431_080, ('resnet18', 'cifar10'): 11_173_962,
+    ('resnet50', 'cifar10'): 23_520_842, ('resnet50', 'cifar100'): 23_705_252, ('vgg19', 'cifar10'): 20_040_522,
+    ('vgg19', 'cifar100'): 20_086_692, ('resnet50', 'imagenet'): 25_557_032, ('deit_t', 'imagenet'): 5_717_416,
+    ('deit_s', 'imagenet'): 22_050_664}
+# that are pruned; DeiT: 12 layers of 4
+TENSORS = dict(lenet300=3, lenet5=4, resnet18=21, resnet50=54, vgg19=17, vgg_like=15, deit_t=48, deit_s=48)
 
 
 class Watched(Run):
@@ -77,7 +88,8 @@ class Watched(Run):
         self.first = self.pruner.presence.clone()
 
 
-# The usual run has every network once, and every data set; what differs from these in the number of classes or in width alone has to be asked for.
+# The usual run has every network once, and every data set; what differs from these in the number of classes or in width
+# alone has to be asked for.
 AGAIN = 'resnet50-cifar100', 'vgg19-cifar100', 'deit-s-cifar100', 'resnet50-imagenet', 'deit-s-imagenet'
 
 
@@ -87,26 +99,29 @@ def test_runs_at_full_size(name, images, monkeypatch):
     c = recipe(name, batch_size=2, weights='')
     data = images(c.data, c.size)
     assert name == f'{c.model}-{c.data}'.replace('_', '-') or name.endswith('quick') and c.data == 'fashion-small'
-    assert data.in_shape == (DATASETS[c.data][1][0], *[c.size]*2) if c.size else data.in_shape == DATASETS[c.data][1]
-    assert data.n_classes == DATASETS[c.data][2]
+    assert (data.in_shape, data.n_classes) == shape_of(c.data, c.size)[:2]
     r = hyperflux.study.rehearsal.rehearse(c, data, steps=2)
     run = Watched.made.pop()
     p = run.pruner
-    assert len(r['losses']) == 4 and all(map(math.isfinite, r['losses'])) and r['dense'] > 0 and r['prune'] > 0 and r['seconds'] > 0
-    assert abs(r['losses'][0] - math.log(data.n_classes)) < 1.5                                     # it begins as ignorant as it should
+    assert len(r['losses']) == 4 and all(map(math.isfinite, r['losses']))
+    assert all(r[k] > 0 for k in ('dense', 'prune', 'seconds'))
+    assert abs(r['losses'][0] - math.log(data.n_classes)) < 1.5                     # it begins as ignorant as it should
     parameters = sum(o.numel() for o in run.model.parameters())
     assert parameters == PARAMETERS.get((c.model, c.data), parameters) == cost(c)['weights']
-    assert len(p.params) == TENSORS[c.model] and p.step == 2 and p.keep == round((1 - c.sparsity)*p.d) and .9 < p.d/parameters < 1
+    assert len(p.params) == TENSORS[c.model] and p.step == 2
+    assert p.keep == round((1 - c.sparsity)*p.d) and .9 < p.d/parameters < 1
     skipped = ('conv_proj.weight', 'heads.head.weight') if c.model.startswith('deit') else ()
     assert not set(skipped) & set(p.names) and set(skipped) <= {n for n, _ in run.model.named_parameters()}
-    moved = [bool((t != f).any()) for t, f in zip(p._views(p.presence), p._views(run.first))]
+    moved = [bool((t != f).any()) for t, f in zip(p.layout.views(p.presence), p.layout.views(run.first))]
     assert all(moved) and p.presence.isfinite().all(), [n for n, m in zip(p.names, moved) if not m]
     assert all(o.isfinite().all() for o in run.model.parameters())
     kinds = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, sgd=torch.optim.SGD)
     assert type(run.optimizer) is kinds[c.optimizer] and run.optimizer.param_groups[0]['weight_decay'] == c.weight_decay
-    assert c.decay_all or run.optimizer.param_groups[1]['weight_decay'] == 0 and all(o.ndim < 2 for o in run.optimizer.param_groups[1]['params'])
+    spared = run.optimizer.param_groups[-1]
+    assert c.decay_all or spared['weight_decay'] == 0 and all(o.ndim < 2 for o in spared['params'])
     conv = next((m.weight for m in run.model.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3), None)
-    assert conv is None or conv.is_contiguous(memory_format=torch.channels_last if c.channels_last else torch.contiguous_format)
+    layout = torch.channels_last if c.channels_last else torch.contiguous_format
+    assert conv is None or conv.is_contiguous(memory_format=layout)
 
 
 # Their settings
@@ -128,13 +143,23 @@ def test_the_command_lists_them(capsys):
     out = capsys.readouterr().out
     for name, c in RECIPES.items():
         row = next(line.split() for line in out.splitlines() if line.split()[:1] == [name])
-        assert row[1:6] == [c.model, c.data, f'{c.sparsity:.4g}', f'{c.dense_epochs}+{c.prune_epochs}+{c.regrow_epochs}', str(c.batch_size)]
+        epochs = f'{c.dense_epochs}+{c.prune_epochs}+{c.regrow_epochs}'
+        assert row[1:6] == [c.model, c.data, f'{c.sparsity:.4g}', epochs, str(c.batch_size)]
     assert 'hyperflux prune --recipe NAME' in out
 
 
-OTHER = dict(model='lenet5', data='mnist', size=36, weights='dense.pt', sparsity=.75, ignore='fc', dense_epochs=3, prune_epochs=5, regrow_epochs=7, batch_size=99, accumulate=3, optimizer='adamw',
-             dense_lr=.11, dense_final_lr=.012, prune_lr=.013, prune_final_lr=.014, regrow_lr=.015, regrow_final_lr=.016, schedule='step', warmup_epochs=1.5, momentum=.7, weight_decay=.017,
-             decay_all=None, clip=.5, label_smoothing=.2, crop=3, flip=None, cutout=5, precision='fp16', channels_last=None, valid=.25, method='authors', task=None, seed=11)
+OTHER = dict(
+    model='lenet5', data='mnist', weights='dense.pt', method='authors', task=None, sparsity=.75, ignore='fc',
+    metric='top5',
+    seed=11, dense_epochs=3, prune_epochs=5, regrow_epochs=7, batch_size=99, accumulate=3, optimizer='adamw',
+    dense_lr=.11,
+    dense_final_lr=.012, prune_lr=.013, prune_final_lr=.014, regrow_lr=.015, regrow_final_lr=.016, schedule='step',
+    warmup_epochs=1.5, momentum=.7, weight_decay=.017, decay_all=None, clip=.5, label_smoothing=.2, size=36, crop=3,
+    flip=None, cutout=5, valid=.25, trajectory='cubic', controller='authors', dip=.5, updates=33, settle=.11,
+    exact=True,
+    travel=21., regrow_travel=.4, regrow_decay=.3, slope=.5, low=.1, high=.4, gate_lr=.021, gate_regrow_lr=.022,
+    gate_eps=1e-9, gate_sgd=False, precision='fp16', channels_last=None)
+OF_THE_GATES = list(OTHER)[list(OTHER).index('trajectory'):list(OTHER).index('precision')]
 
 
 @pytest.mark.parametrize('name', ['resnet18-quick', 'resnet50-imagenet'])
@@ -145,8 +170,10 @@ def test_every_setting_can_be_overridden(name, images, monkeypatch):
     monkeypatch.setattr(hyperflux.cli, 'rehearse', lambda config, *a, **k: seen.append(config))
     monkeypatch.setattr(hyperflux.cli, 'rehearsal_text', lambda *a: '')
     base = RECIPES[name]
-    other = {k: not getattr(base, k) if v is None else v for k, v in OTHER.items()} | dict(task='lenet' if base.task == 'cifar' else 'cifar')
-    assert list(other) == [f.name for f in dataclasses.fields(Config)] and all(getattr(base, k) != v for k, v in other.items())
+    other = {k: not getattr(base, k) if v is None else v for k, v in OTHER.items()}
+    other['task'] = 'lenet' if base.task == 'cifar' else 'cifar'
+    assert list(other) == [f.name for f in dataclasses.fields(Config)]
+    assert all(getattr(base, k) != v for k, v in other.items())
     option = lambda k, v: ['--' + 'no-'*(v is False) + k.replace('_', '-')] + [str(v)]*(not isinstance(v, bool))
     for k, v in other.items():
         shell('prune', '--dry-run', '--recipe', name, *option(k, v))
@@ -156,13 +183,24 @@ def test_every_setting_can_be_overridden(name, images, monkeypatch):
     shell('prune', '--dry-run', '--recipe', name, '--epochs', 50, '--sparsity', .5)
     c = seen.pop()
     assert c.epochs == 50 and c.sparsity == .5 and (c.dense_epochs == 0) == (base.dense_epochs == 0)
-    with pytest.raises(ValueError, match='expected . or more'): hyperflux.cli._split(1, base)
+    s, usual = Config(**other).settings(), recipe(name).settings()
+    for k in OF_THE_GATES[2:]: assert getattr(s, k.removeprefix('gate_')) == other[k], k          # they reach the gates
+    assert s.trajectory is cubic and s.controller().step == dict(lenet=.3, cifar=.2)[other['task']]
+    assert {f.name for f in dataclasses.fields(s)} - {'prune'} == {k.removeprefix('gate_') for k in OF_THE_GATES}
+    assert usual == dataclasses.replace(Settings(), prune=usual.prune, settle=usual.settle)
+    with pytest.raises(ValueError, match='expected . or more'): in_epochs(1, base)
 
 
 def test_wrong_names_say_so(capsys):
-    for args, says in {('--recipe', 'resnet50-cifar1'): "no recipe 'resnet50-cifar1'; did you mean resnet50-cifar10", ('--optimizer', 'adan'): "optimizer is one of adam, adamw, sgd: got 'adan'; did you mean adam",
-                       ('--method', 'author'): 'did you mean authors?', ('--data', 'cifar-10'): "unknown data set 'cifar-10'; did you mean 'cifar10'", ('--model', 'resnet-18'): 'did you mean resnet18',
-                       ('--recipe', 'lenet5-quick', '--ignore', 'conv1'): "'conv1' matches no weight of the model", ('--batch-size', '0'): 'batch_size is 1 or more: got 0'}.items():
+    wrong = {
+        ('--recipe', 'resnet50-cifar1'): "no recipe 'resnet50-cifar1'; did you mean resnet50-cifar10",
+        ('--optimizer', 'adan'): "optimizer is one of adam, adamw, sgd: got 'adan'; did you mean adam",
+        ('--method', 'author'): 'did you mean authors', ('--model', 'resnet-18'): 'did you mean resnet18',
+        ('--data', 'cifar-10'): 'did you mean cifar10',
+        ('--recipe', 'lenet5-quick', '--ignore', 'conv1'): "'conv1' matches no weight of the model",
+        ('--batch-size', '0'): 'batch_size is 1 or more: got 0', ('--trajectory', 'cubik'): 'did you mean cubic',
+        ('--dip', '2'): 'dip is a share of the target density', ('--metric', 'loss'): "no metric 'loss'"}
+    for args, says in wrong.items():
         assert says in shell('prune', '--quiet', '--dry-run', *args, code=1)
     shell('prune', '--sparcity', '.9', code=2)
     assert 'unrecognized arguments: --sparcity' in capsys.readouterr().err
@@ -177,13 +215,18 @@ def test_wrong_names_say_so(capsys):
 def timm_names(state):
     "A vision transformer's tensors under timm's names, made without the package's own table"
     def name(n):
-        n = n.replace('conv_proj', 'patch_embed.proj').replace('class_token', 'cls_token').replace('encoder.pos_embedding', 'pos_embed').replace('heads.head', 'head')
-        n = n.replace('encoder.layers.encoder_layer_', 'blocks.').replace('ln_1', 'norm1').replace('ln_2', 'norm2').replace('encoder.ln', 'norm')
-        return n.replace('self_attention.in_proj_', 'attn.qkv.').replace('self_attention.out_proj', 'attn.proj').replace('mlp.0', 'mlp.fc1').replace('mlp.3', 'mlp.fc2')
+        for a, b in dict(conv_proj='patch_embed.proj', class_token='cls_token').items(): n = n.replace(a, b)
+        n = n.replace('encoder.pos_embedding', 'pos_embed').replace('heads.head', 'head')
+        n = n.replace('encoder.layers.encoder_layer_', 'blocks.').replace('encoder.ln', 'norm')
+        n = n.replace('ln_1', 'norm1').replace('ln_2', 'norm2').replace('mlp.0', 'mlp.fc1').replace('mlp.3', 'mlp.fc2')
+        return n.replace('self_attention.in_proj_', 'attn.qkv.').replace('self_attention.out_proj', 'attn.proj')
     return {name(n): v for n, v in state.items()}
 
 
-@pytest.mark.parametrize('name, head', [('resnet18-cifar10', 'fc'), ('deit-t-cifar100', 'heads.head'), ('deit-t-imagenet', 'heads.head')])
+HEADS = [('resnet18-cifar10', 'fc'), ('deit-t-cifar100', 'heads.head'), ('deit-t-imagenet', 'heads.head')]
+
+
+@pytest.mark.parametrize('name, head', HEADS)
 def test_starts_from_a_dense_checkpoint(name, head, images, tmp_path, capsys):
     "It is that network: its answers, its accuracy; a head for other classes stays new, and says so"
     c = recipe(name, batch_size=2, dense_epochs=0)
@@ -197,26 +240,32 @@ def test_starts_from_a_dense_checkpoint(name, head, images, tmp_path, capsys):
     for n, v in run.model.state_dict().items(): assert torch.equal(v, state[n]), n
     x, y = next(iter(run.test_loader))
     dense.eval(), run.model.eval()
-    with torch.no_grad(): torch.testing.assert_close(run.model(x[:2]), dense(x[:2]), rtol=1e-4, atol=1e-4)       # not the same layout in memory
+    # not the same layout in memory
+    with torch.no_grad(): torch.testing.assert_close(run.model(x[:2]), dense(x[:2]), rtol=1e-4, atol=1e-4)
     assert 'not taken' not in capsys.readouterr().out
     if c.data != 'imagenet':
         with torch.no_grad(): right = torch.cat([dense(x).argmax(1) == y for x, y in data.loader('test', 1000)])
-        assert abs(hyperflux.study.train.evaluate(run.model, run.test_loader)['accuracy'] - 100*right.float().mean()) < 1e-4
+        assert abs(evaluate(run.model, run.test_loader)['accuracy'] - 100*right.float().mean()) < 1e-4
     run.start_pruning()
-    present = dict(zip(run.pruner.names, run.pruner._values))
-    assert all(torch.equal(present[n], state[n]) for n in present)                       # gates begin open: what is pruned is that network
+    present = dict(zip(run.pruner.names, run.pruner.values))
+    assert all(torch.equal(present[n], state[n]) for n in present)    # gates begin open: what is pruned is that network
 
-    other = {n: v for n, v in state.items() if not n.startswith(head)} | {f'{head}.weight': torch.ones(7, 5), f'{head}.bias': torch.ones(7)}
+    other = {n: v for n, v in state.items() if not n.startswith(head)}
+    other |= {f'{head}.weight': torch.ones(7, 5), f'{head}.bias': torch.ones(7)}
     torch.save(timm_names(other) if 'deit' in name else other, path)
     run = Run(dataclasses.replace(c, weights=str(path)), data)
     said = capsys.readouterr().out
     assert said.startswith(f'{path}: not taken: ') and 'shape (7, 5)' in said and said.count('\n') == 1
-    assert all(torch.equal(v, state[n]) for n, v in run.model.state_dict().items() if not n.startswith(head)) and run.model.get_parameter(f'{head}.weight').std() < .5
+    assert all(torch.equal(v, state[n]) for n, v in run.model.state_dict().items() if not n.startswith(head))
+    assert run.model.get_parameter(f'{head}.weight').std() < .5
 
 
 def test_a_start_that_cannot_be_says_so(images, tmp_path):
     c = recipe('resnet50-imagenet')
-    for weights, says in {'FILE': 'starts from a dense network: give its checkpoint with --weights', str(tmp_path/'none.pt'): f'no checkpoint at {tmp_path}/none.pt'}.items():
-        with pytest.raises((ValueError, OSError), match=says): Run(dataclasses.replace(c, weights=weights), images('imagenet'))
+    for weights, says in {'FILE': 'starts from a dense network: give its checkpoint with --weights',
+                          str(tmp_path/'none.pt'): f'no checkpoint at {tmp_path}/none.pt'}.items():
+        with pytest.raises((ValueError, OSError), match=says):
+            Run(dataclasses.replace(c, weights=weights), images('imagenet'))
     torch.save(make_model('lenet300').state_dict(), tmp_path/'lenet.pt')
-    with pytest.raises(ValueError, match='no weight of .*lenet.pt fits this ResNet'): Run(dataclasses.replace(c, weights=str(tmp_path/'lenet.pt')), images('imagenet'))
+    with pytest.raises(ValueError, match='no weight of .*lenet.pt fits this ResNet'):
+        Run(dataclasses.replace(c, weights=str(tmp_path/'lenet.pt')), images('imagenet'))

@@ -1,8 +1,8 @@
 """Build the documentation site from the notebooks: `python tools/docs.py` writes it into `_docs/`.
 
 nbdev processes the notebooks (it adds the signatures and resolves links), smalldocs renders them from `_quarto.yml`,
-and formulas become MathML, so that the site needs no network to be read. What smalldocs cannot read, and broken links, are
-printed as warnings; `output-file` is an option of Quarto alone. Afterwards `smalldocs check _proc` lists the same."""
+and formulas become MathML, so that the site needs no network to be read. What smalldocs cannot read, and broken links,
+are printed as warnings; `smalldocs check _proc` lists the same afterwards."""
 import html, re, shutil, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,8 +13,11 @@ from nbdev.config import nbpath2html
 from nbdev.serve import proc_nbs
 from smalldocs.site import build
 
+import rooms
+
 root = Path(__file__).resolve().parents[1]
 re_math = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+re_output = re.compile(r'^ *"output-file: .*\n', re.M)
 re_katex = re.compile(r'<(?:link|script)\b[^>]*katex[^>]*>(?:</script>)?\s*', re.I)
 
 
@@ -23,8 +26,10 @@ def link_symbols():
     from hyperflux._modidx import d
     ini = ConfigParser()
     ini.read(root/'settings.ini', encoding='utf-8')
-    pages = {nbpath2html(p).name: p.name for p in (root/'nbs').glob('*.ipynb')}
-    def link(nb, py): page, _, anchor = nb.partition('#'); return f'/{pages.get(page, page)}#{anchor}', py, f"{ini['DEFAULT']['git_url']}/blob/main/{py}"
+    pages = {str(nbpath2html(p.path)): p.path for p in rooms.pages()}
+    def link(nb, py):
+        page, _, anchor = nb.partition('#')
+        return f'/{pages[page]}#{anchor}', py, f"{ini['DEFAULT']['git_url']}/blob/main/{py}"
     d['syms'] = {mod: {k: link(*v) for k, v in syms.items()} for mod, syms in d['syms'].items()}
     d['settings'].pop('doc_host')
 
@@ -34,6 +39,8 @@ def process():
     sys.path.insert(0, str(root))
     link_symbols()
     proc = Path(proc_nbs(str(root/'nbs'), n_workers=0, force=True))
+    for p in proc.rglob('*.ipynb'):                         # a page's address is its name, number and all
+        p.write_text(re_output.sub('', p.read_text(encoding='utf-8')), encoding='utf-8')
     for o in ('_quarto.yml', 'tools/styles.css'): shutil.copy2(root/o, proc)
     return proc
 

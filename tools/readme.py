@@ -14,7 +14,7 @@ def readme() -> str: # The text of README.md
     nb = nbformat.read(root/'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not hidden.search(c.source)]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'\]\((images/|results/|tutorials/|\w+\.ipynb)', r'](nbs/\1', text)
+    text = re.sub(r'\]\((?![a-z]+:|#)', '](nbs/', text)            # all links but https: and #
     note = '<!-- Made from nbs/index.ipynb by tools/readme.py: edit there. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

@@ -33,11 +33,13 @@ def initial_presence(
     n:int, # How many weights
     low:float=.2, # The lowest first presence, above 0 so that all weights are present
     high:float=.5, # The highest
-    seed:int|torch.Generator=0, # The same seed gives the same presences on every machine, device and process; a generator goes on where it stopped
+    # The same seed gives the same presences on every machine, device and process; a generator goes on where it stopped
+    seed:int|torch.Generator=0,
     dtype:torch.dtype=torch.float32,
 )->Tensor: # [n], on the CPU
     "First presences, t ~ U(low, high)"
-    if not 0 <= low <= high: raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={low}, high={high}")
+    if not 0 <= low <= high:
+        raise ValueError(f"presences start between low and high, 0 <= low <= high: got low={low}, high={high}")
     g = seed if isinstance(seed, torch.Generator) else torch.Generator('cpu').manual_seed(seed)
     return torch.rand(n, generator=g, dtype=dtype, device='cpu')*(high - low) + low
 
@@ -64,7 +66,8 @@ class Gated(nn.Module):
         own = dict(model.named_parameters())
         for n, t in presence.items():
             if n not in own: raise KeyError(f"the model has no parameter {n!r}; it has {', '.join(own)}")
-            if own[n].shape != t.shape: raise ValueError(f"{n} has shape {tuple(own[n].shape)}, its presences {tuple(t.shape)}")
+            if own[n].shape != t.shape:
+                raise ValueError(f"{n} has shape {tuple(own[n].shape)}, its presences {tuple(t.shape)}")
         self.model, self.names = model, list(presence)
         self.gates = nn.ModuleList(Gate(t, slope) for t in presence.values())
 

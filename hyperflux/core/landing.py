@@ -16,11 +16,13 @@ def land_(
     presence:Tensor, # [n], float32 or float64, changed in place
     keep:int, # How many shall be present, in [0, n]
 )->float: # The constant that was added
-    "Shift all presences by one constant so that exactly `keep` are >= 0; of equal ones those with the lowest index stay"
+    "Shift all presences by one constant so that exactly `keep` are >= 0; of equal ones the first stay"
     n = presence.numel()
-    if presence.dim() != 1: raise ValueError(f"presences to land are one flat tensor: got the shape {tuple(presence.shape)}")
+    if presence.dim() != 1:
+        raise ValueError(f"presences to land are one flat tensor: got the shape {tuple(presence.shape)}")
     if not 0 <= keep <= n: raise ValueError(f"of {n} weights one can keep 0 to {n}: got {keep}")
-    if not presence.isfinite().all(): raise ValueError("presences to land must be finite: some are NaN or infinite, so the training has diverged")
+    if not presence.isfinite().all():
+        raise ValueError("presences to land must be finite: some are NaN or infinite, so the training has diverged")
     if n == 0: return 0.
     line = presence.topk(keep, sorted=False).values.min() if keep else presence.max()
     absent = presence < line
@@ -34,8 +36,9 @@ def shift_(
     absent:Tensor, # [n], True for all that lie below it, and for what shall lie below zero of those on it
 )->float: # The constant that was added
     "The move itself"
+    below = -torch.finfo(presence.dtype).tiny
     presence.sub_(line)
-    presence.masked_fill_(absent & (presence > -torch.finfo(presence.dtype).tiny), -torch.finfo(presence.dtype).tiny)
+    presence.masked_fill_(absent & (presence > below), below)
     return -float(line)
 
 # %% ../../nbs/core/04_landing.ipynb #2a4676f0
@@ -46,7 +49,8 @@ def nth_largest(
 )->float:
     "The n-th largest of numbers that may lie anywhere, by counting alone"
     whole = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
-    def number(k): return math.copysign(torch.tensor(abs(k), dtype=whole, device='cpu').view(dtype).item(), k)       # the k-th float from zero, up or down
+    def number(k):                                                      # the k-th float from zero, up or down
+        return math.copysign(torch.tensor(abs(k), dtype=whole, device='cpu').view(dtype).item(), k)
     end = torch.tensor(math.inf, dtype=dtype, device='cpu').view(whole).item()
     low, high = -end, end                                               # count(number(low)) >= n > count(number(high))
     while high - low > 1:

@@ -6,10 +6,11 @@
 __all__ = ['checkpoints', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state']
 
 # %% ../../nbs/lab/06_checkpoint.ipynb #4880313b
-import contextlib, os, pickle, signal, threading, zipfile
+import contextlib, pickle, signal, threading, zipfile
 from pathlib import Path
 
 import torch
+
 from ..helpers import atomic
 
 # %% ../../nbs/lab/06_checkpoint.ipynb #041ec19a
@@ -31,7 +32,7 @@ def _undisturbed():
     for s in came: signal.raise_signal(s)
 
 def _save(state, f):
-    "Of what stops torch in the middle, such as a full disk, it tells only that the file's end is not where it should be"
+    "OSError for what stops torch in the middle, such as a full disk: it says only that the file ends at a wrong place"
     try: torch.save(state, f)
     except RuntimeError as e: raise e.__context__ or OSError(str(e).splitlines()[0]) from None
 
@@ -49,7 +50,8 @@ def write_checkpoint(
     except OSError as e:
         whole = [p.name for p in checkpoints(folder)]
         raise OSError(f"{e}; " +
-                      (f"{whole[-1]} is whole: make room, then go on from it with --resume" if whole else "there is no earlier checkpoint")) from e
+                      (f"{whole[-1]} is whole: make room, then go on from it with --resume" if whole
+                       else "there is no earlier checkpoint")) from e
     for old in checkpoints(folder)[:-keep]: old.unlink()
     return path
 
@@ -61,14 +63,17 @@ def read_checkpoint(
     "What `write_checkpoint` wrote"
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as z:                                    # as torch's files are: anything else is a stump or foreign
-            if bad := z.testzip(): raise zipfile.BadZipFile(f"{bad} does not match its checksum")        # torch does not look
+        with zipfile.ZipFile(path) as z:                     # as torch's files are: anything else is a stump or foreign
+            if bad := z.testzip(): raise zipfile.BadZipFile(f"{bad} does not match its checksum")  # torch does not look
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError: raise
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} holds more than tensors and numbers, so that loading it could run code: refused. It is not a checkpoint of hyperflux") from e
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as e: raise _unreadable(path, e) from e
-    if not isinstance(state, dict) or not isinstance(state.get('config'), dict): raise ValueError(f"{path} is not a checkpoint of hyperflux: it holds {_gist(state)}")
+        raise ValueError(f"{path} holds more than tensors and numbers, so that loading it could run code: refused. It "
+                         "is not a checkpoint of hyperflux") from e
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as e:
+        raise _unreadable(path, e) from e
+    if not isinstance(state, dict) or not isinstance(state.get('config'), dict):
+        raise ValueError(f"{path} is not a checkpoint of hyperflux: it holds {_gist(state)}")
     return state
 
 def _unreadable(path, error):
@@ -77,7 +82,8 @@ def _unreadable(path, error):
     return ValueError(f"{path} is not a readable checkpoint (truncated, or of another program: {says}); "
                       + (f"remove it to go on from {before[-1]}" if before else "begin anew with --overwrite"))
 
-def _gist(x): return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
+def _gist(x):
+    return f"a dict with {', '.join(map(str, list(x)[:4]))}" if isinstance(x, dict) else f'a {type(x).__name__}'
 
 # %% ../../nbs/lab/06_checkpoint.ipynb #068b99ef
 def random_state(device='cpu')->dict:
@@ -88,4 +94,5 @@ def random_state(device='cpu')->dict:
 def set_random_state(state:dict, device='cpu'):
     "Goes on drawing where `random_state` was taken"
     torch.set_rng_state(state['cpu'].cpu())
-    if state['cuda'] is not None and torch.device(device).type == 'cuda': torch.cuda.set_rng_state(state['cuda'].cpu(), device)
+    if state['cuda'] is not None and torch.device(device).type == 'cuda':
+        torch.cuda.set_rng_state(state['cuda'].cpu(), device)

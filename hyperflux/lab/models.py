@@ -7,14 +7,12 @@ __all__ = ['MODELS', 'authors_ignore', 'lenet300', 'lenet5', 'resnet18', 'resnet
            'make_model', 'flops_by_module', 'flops']
 
 # %% ../../nbs/lab/04_models.ipynb #ef3952e1
-import os, sys
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
-from ..helpers import did_you_mean, imported, whole_number
-from .weights import load_weights # noqa: F401
+from ..helpers import accepted, did_you_mean, imported, in_eval, whole_number
 
 # %% ../../nbs/lab/04_models.ipynb #56fccae2
 def lenet300(
@@ -23,7 +21,8 @@ def lenet300(
 )->nn.Module:
     "LeNet-300-100: two hidden layers of 300 and 100 units"
     c, h, w = in_shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, n_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+                         nn.Linear(100, n_classes))
 
 # %% ../../nbs/lab/04_models.ipynb #12d32d17
 def lenet5(
@@ -34,15 +33,17 @@ def lenet5(
     c, h, w = in_shape
     if min(h, w) < 16: raise ValueError(f"lenet5 needs images of 16×16 or more: got {h}×{w}")
     side = lambda n: ((n - 4)//2 - 4)//2
-    return nn.Sequential(nn.Conv2d(c, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
-                         nn.Flatten(), nn.Linear(50*side(h)*side(w), 500), nn.ReLU(), nn.Linear(500, n_classes))
+    return nn.Sequential(nn.Conv2d(c, 20, 5), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(50*side(h)*side(w), 500), nn.ReLU(), nn.Linear(500, n_classes))
 
 # %% ../../nbs/lab/04_models.ipynb #f2796d8d
 def _check(n_classes, in_shape):
     "Channels, height and width, if they and the number of classes can be"
     whole_number('n_classes', n_classes)
     try: c, h, w = (whole_number('each', n) for n in in_shape)
-    except ValueError as e: raise ValueError(f"in_shape is (channels, height, width), each 1 or more: got {in_shape!r}") from e
+    except ValueError as e:
+        raise ValueError(f"in_shape is (channels, height, width), each 1 or more: got {in_shape!r}") from e
     return c, h, w
 
 def _he(conv):
@@ -82,13 +83,17 @@ def _vgg(cfg, head, in_shape, stride=1):
     from torchvision.models import vgg
     c, h, w = in_shape
     if min(h, w) < 32:
-        raise ValueError(f"VGG halves its images five times, so that it needs 32×32 or more: got {h}×{w}; pad them, with size=32 in the run's config")
+        raise ValueError(f"VGG halves its images five times, so that it needs 32×32 or more: got {h}×{w}; "
+                         "pad them, with size=32 in the run's config")
     features = vgg.make_layers(vgg.cfgs[cfg], batch_norm=True)
     features[0] = nn.Conv2d(c, 64, 3, stride, 1)
-    net = nn.Sequential(OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=head))
+    net = nn.Sequential(OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                                    classifier=head))
     for m in net.modules():                                              # as torchvision's VGG does
         if isinstance(m, nn.Conv2d): _he(m)
-        elif isinstance(m, nn.Linear): nn.init.normal_(m.weight, 0, .01); nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, 0, .01)
+            nn.init.zeros_(m.bias)
     return net
 
 def vgg19(
@@ -118,10 +123,12 @@ def _deit(width, heads, n_classes, in_shape):
     c, h, w = _check(n_classes, in_shape)
     patch = 4 if min(h, w) < 64 else 16
     if h != w or h % patch:
-        raise ValueError(f"DeiT cuts square images of {'under 64' if patch == 4 else '64 or more'} pixels into patches of {patch}×{patch}: got {h}×{w}, "
+        of = 'under 64' if patch == 4 else '64 or more'
+        raise ValueError(f"DeiT cuts square images of {of} pixels into patches of {patch}×{patch}: got {h}×{w}, "
                          f"expected the same multiple of {patch} twice")
-    net = VisionTransformer(h, patch, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4*width, num_classes=n_classes)
-    net.conv_proj = nn.Conv2d(c, width, patch, patch)                     # any number of channels, PyTorch's initialisation
+    net = VisionTransformer(h, patch, num_layers=12, num_heads=heads, hidden_dim=width, mlp_dim=4*width,
+                            num_classes=n_classes)
+    net.conv_proj = nn.Conv2d(c, width, patch, patch)                 # any number of channels, PyTorch's initialisation
     for n, p in net.named_parameters():
         if n.startswith('conv_proj'): continue
         if p.ndim > 1: nn.init.trunc_normal_(p, std=.02)
@@ -146,28 +153,25 @@ def deit_s(
 MODELS = {f.__name__: f for f in (lenet300, lenet5, resnet18, resnet50, vgg19, vgg_like, deit_t, deit_s)}
 
 def make_model(
-    name:str, # A key of `MODELS`, or 'package.module:function'; it is made on the default device, in the default type
+    name:str, # A key of `MODELS`, or package.module:function; it is made on the default device, in the default type
     n_classes:int=10,
     in_shape:tuple=(1, 28, 28), # Channels, height, width
 )->nn.Module:
     "A fresh network; ValueError if the name leads nowhere"
     if name in MODELS: return MODELS[name](n_classes, in_shape)
     if ':' not in name:
-        raise ValueError(f"no model {name!r}{did_you_mean(name, MODELS)}; there are {', '.join(MODELS)}, and package.module:function for a network of your own")
-    return _own_model(name, n_classes, in_shape)
-
-def _own_model(name, n_classes, in_shape):
-    module, _, function = name.partition(':')
-    try: make = imported(name)
-    except ImportError as e: raise ValueError(f"--model {name}: cannot import {module!r} ({e}); give package.module:function, importable from here") from e
-    except AttributeError as e: raise ValueError(f"--model {name}: module {module!r} has no {function!r}") from e
-    try: net = make(n_classes=n_classes, in_shape=in_shape)
-    except TypeError: net = make()
-    if not isinstance(net, nn.Module): raise ValueError(f"--model {name}: {function} must return a torch.nn.Module, and returned {type(net).__name__}")
-    return net
+        raise ValueError(f"no model {name!r}{did_you_mean(name, MODELS)}; there are {', '.join(MODELS)}, "
+                         "and package.module:function for a network of your own")
+    make = imported(name, 'model')
+    if not callable(make):
+        raise ValueError(f"model {name} is a {type(make).__name__}; expected a function that returns a torch.nn.Module")
+    net = make(**accepted(make, n_classes=n_classes, in_shape=in_shape))
+    if isinstance(net, nn.Module): return net
+    raise ValueError(f"model {name}: the function must return a torch.nn.Module, and returned {type(net).__name__}")
 
 # %% ../../nbs/lab/04_models.ipynb #fe612c3a
-authors_ignore = {name: ('conv_proj', 'heads') if name.startswith('deit') else () for name in MODELS} # Name → what `select` is to ignore
+authors_ignore = { # Name → what `select` is to ignore
+    name: ('conv_proj', 'heads') if name.startswith('deit') else () for name in MODELS}
 
 # %% ../../nbs/lab/04_models.ipynb #d6c2cbad
 def flops_by_module(
@@ -176,25 +180,22 @@ def flops_by_module(
     batch:int=1, # Inputs at once
     example:tuple|None=None, # In place of both: the inputs of one call, of which only shapes and types are looked at
 )->dict[str, int]: # Name of a module that runs → operations of it and all inside it; '' is the whole model
-    "Floating-point operations of one forward pass in evaluation mode, two for each multiply-add of a matrix product or convolution"
+    "Operations of a forward pass in evaluation mode, two for each multiply-add of a matrix product or convolution"
     from torch.utils.flop_counter import FlopCounterMode
     model = getattr(model, '_orig_mod', model)                            # of a compiled model: what was compiled
     own = [*model.named_parameters(), *model.named_buffers()]
     dtype = next((p.dtype for _, p in own if p.is_floating_point()), torch.float32)
     if example is None: example = torch.empty(batch, *in_shape, dtype=dtype, device='meta'),
     args = tuple(torch.empty_like(x, device='meta') if isinstance(x, torch.Tensor) else x for x in example)
-    modes = {m: m.training for m in model.modules()}
+    no_values = {n: torch.empty_like(p, device='meta') for n, p in own}
     try:
-        model.eval()
-        with torch.no_grad(), torch.device('meta'), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, {n: torch.empty_like(p, device='meta') for n, p in own}, args)
+        with in_eval(model), torch.no_grad(), torch.device('meta'), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(model, no_values, args)
     except Exception as e:
         said = (str(e).strip() or type(e).__name__).splitlines()[0]
         shapes = ', '.join(str(tuple(x.shape)) for x in args if isinstance(x, torch.Tensor))
-        raise ValueError(f"cannot count {type(model).__name__} for inputs of shape {shapes}: its forward pass has to take them, "
-                         f"and to run on the meta device, without looking at values ({said})") from e
-    finally:
-        for m, mode in modes.items(): m.training = mode
+        raise ValueError(f"cannot count {type(model).__name__} for inputs of shape {shapes}: its forward pass has to "
+                         f"take them, and to run on the meta device, without looking at values ({said})") from e
     counts = {n: sum(v.values()) for n, v in counter.get_flop_counts().items()}
     return {'': counts.pop('Global', 0)} | {n.partition('.')[2]: v for n, v in counts.items() if '.' in n}
 

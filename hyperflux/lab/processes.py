@@ -49,20 +49,23 @@ class World(NamedTuple):
 _TORCHRUN = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
 
 def join(
-    device:torch.device|str='cpu', # Where this process will compute: 'cpu' (gloo) or 'cuda' (nccl, on the GPU of its local rank)
+    device:torch.device|str='cpu', # Where it will compute: 'cpu' (gloo) or 'cuda' (nccl, on the GPU of its local rank)
     timeout:float=600, # Seconds after which a process that waits for the others gives up
 )->World:
     "Meet the other processes that `torchrun` started; alone without it. A group that exists already is used as it is"
     kind, found = torch.device(device).type, [k for k in _TORCHRUN[:3] if k in os.environ]
     if not found and not dist.is_initialized(): return World()
     if not dist.is_initialized() and (missing := [k for k in _TORCHRUN if k not in os.environ]):
-        raise RuntimeError(f"only a part of what torchrun sets is here (missing: {', '.join(missing)}; set: {', '.join(found)}): "
-                           f"start with `torchrun --nproc-per-node N ...`, or unset {', '.join(found)} to train alone")
+        given = ', '.join(found)
+        raise RuntimeError(f"only a part of what torchrun sets is here (missing: {', '.join(missing)}; set: {given}): "
+                           f"start with `torchrun --nproc-per-node N ...`, or unset {given} to train alone")
     local = int(os.environ.get('LOCAL_RANK', 0))
-    if kind not in ('cpu', 'cuda'): raise ValueError(f"several processes train on cpu (gloo) or cuda (nccl): got {kind!r}")
+    if kind not in ('cpu', 'cuda'):
+        raise ValueError(f"several processes train on cpu (gloo) or cuda (nccl): got {kind!r}")
     if kind == 'cuda':
-        if local >= torch.cuda.device_count():
-            raise RuntimeError(f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; start with --nproc-per-node {max(torch.cuda.device_count(), 1)}")
+        if local >= (gpus := torch.cuda.device_count()):
+            raise RuntimeError(f"process {local} of this machine has no GPU of its own: torch sees {gpus}; "
+                               f"start with --nproc-per-node {max(gpus, 1)}")
         torch.cuda.set_device(local)
     if not dist.is_initialized() and int(os.environ['WORLD_SIZE']) > 1:
         dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(seconds=timeout),
@@ -72,14 +75,14 @@ def join(
 def leave():
     "Say goodbye, at the end of the program, when nothing that used the group is needed any more"
     if not dist.is_initialized(): return
-    gc.collect()                                                    # a wrapped model keeps the group's threads, and Python cannot end while they run
+    gc.collect()                       # a wrapped model keeps the group's threads, and Python cannot end while they run
     dist.destroy_process_group()
 
 def wrap(
     model:nn.Module, # On its device; the pruner and the optimiser keep working on this one
     world:World,
     device:torch.device|str='cpu', # Where the model is
-)->nn.Module: # What to call in the forward pass: `DistributedDataParallel` of the model, or the model if there is one process
+)->nn.Module: # What to call in the forward pass: `DistributedDataParallel` of the model; alone, the model
     "Every process computes with its own part of the batch, and gradients are averaged"
     if world.size == 1: return model
     ids = [world.local_rank] if torch.device(device).type == 'cuda' else None
@@ -87,7 +90,7 @@ def wrap(
 
 @contextlib.contextmanager
 def first(world:World):
-    "A block that rank 0 goes through first, then one process of every other machine, then all others: the first downloads, the others find the file"
+    "A block for rank 0 first, then one process of every other machine, then all others, who find what these fetched"
     turn = 0 if world.main else 1 if world.local_rank == 0 else 2
     for _ in range(turn): world.barrier()
     try: yield

@@ -39,7 +39,7 @@ def speak_plainly(
 
 # %% ../../nbs/lab/08_progress.ipynb #6a1c0f11
 def text_of(
-    now:dict, # epoch, epochs, stage, step, steps, loss, rate (images a second); where there are such accuracy (%), density, pressure
+    now:dict, # epoch, epochs, stage, step, steps, loss, rate (images a second); if there are such accuracy, density, …
     whole:bool=True, # Also what a bar shows by itself: how many epochs and steps there are
 )->str:
     "How far a run is, in a line"

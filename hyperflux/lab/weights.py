@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # %% ../../nbs/lab/05_weights.ipynb #5bfd3ee9
-_TIMM = ((r'^patch_embed\.proj\.', 'conv_proj.'), (r'^cls_token$', 'class_token'), (r'^pos_embed$', 'encoder.pos_embedding'),
+_TIMM = ((r'^patch_embed\.proj\.', 'conv_proj.'), (r'^cls_token$', 'class_token'),
+         (r'^pos_embed$', 'encoder.pos_embedding'),
          (r'^blocks\.(\d+)\.', r'encoder.layers.encoder_layer_\1.'), (r'\.norm([12])\.', r'.ln_\1.'),
          (r'\.attn\.qkv\.', '.self_attention.in_proj_'), (r'\.attn\.proj\.', '.self_attention.out_proj.'),
-         (r'\.mlp\.fc1\.', '.mlp.0.'), (r'\.mlp\.fc2\.', '.mlp.3.'), (r'^norm\.', 'encoder.ln.'), (r'^head\.', 'heads.head.'))
+         (r'\.mlp\.fc1\.', '.mlp.0.'), (r'\.mlp\.fc2\.', '.mlp.3.'), (r'^norm\.', 'encoder.ln.'),
+         (r'^head\.', 'heads.head.'))
 
 def _plain(name): return name.replace('_orig_mod.', '').removeprefix('module.')
 
@@ -30,27 +32,31 @@ def _torchvision_name(name):
 # %% ../../nbs/lab/05_weights.ipynb #5554f01d
 def _read(source):
     "The dict of tensors in a checkpoint, and what to call the checkpoint"
-    where, held = 'the given dict', source
-    if not isinstance(source, Mapping):
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"weights come from a path or a dict of tensors: got {type(source).__name__}; of a model, give state_dict()")
-        where = path = Path(source)
-        if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-        try:
-            if path.suffix == '.safetensors':
-                from safetensors.torch import load_file
-                held = load_file(path)
-            else: held = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e:                                            # a broken file can break its reader in any way
-            code = re.search(r'GLOBAL (\S+)', str(e))
-            why = (f"it asks to run {code[1]}, and code in a checkpoint is never run: save a state_dict(), only tensors" if code
-                   else "truncated, or not written by torch.save" if isinstance(e, pickle.UnpicklingError)
-                   else f'{type(e).__name__}: {e}'.splitlines()[0][:200])
-            raise ValueError(f"{path} is not a readable checkpoint: {why}") from None   # torch's own advice is to run the code
+    if isinstance(source, Mapping): where, held = 'the given dict', source
+    elif isinstance(source, (str, os.PathLike)): where, held = source, _read_file(Path(source))
+    else:
+        raise TypeError(f"weights come from a path or a dict of tensors: got {type(source).__name__}; "
+                        "of a model, give state_dict()")
     for key in 'model', 'state_dict', 'model_state_dict':
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping): held = held[key]; break
-    if not isinstance(held, Mapping): raise ValueError(f"{where} holds a {type(held).__name__}, expected a dict of tensors: save a state_dict()")
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{where} holds a {type(held).__name__}, expected a dict of tensors: save a state_dict()")
     return held, where
+
+def _read_file(path):
+    "What a file holds; ValueError, with the reason, if it cannot be read"
+    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix != '.safetensors': return torch.load(path, map_location='cpu', weights_only=True)
+        from safetensors.torch import load_file
+        return load_file(path)
+    except Exception as e:                                    # a broken file can break its reader in any way
+        code = re.search(r'GLOBAL (\S+)', str(e))
+        if code:
+            why = f"it asks to run {code[1]}, and code in a checkpoint is never run: save a state_dict(), only tensors"
+        elif isinstance(e, pickle.UnpicklingError): why = "truncated, or not written by torch.save"
+        else: why = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
+        raise ValueError(f"{path} is not a readable checkpoint: {why}") from None      # torch advises to run the code
 
 # %% ../../nbs/lab/05_weights.ipynb #6a1c0f25
 def _own_memory(t): return t.layout is torch.strided and not is_traceable_wrapper_subclass(t)
@@ -73,8 +79,8 @@ def check_shared(
     for n in new:
         t = own[n]
         if any(size > 1 and not step for size, step in zip(t.shape, t.stride())):
-            raise ValueError(f"{n} is expanded in the model, several of its places are one number, and nothing can be copied into it: "
-                             "give it memory of its own, with .contiguous()")
+            raise ValueError(f"{n} is expanded in the model, several of its places are one number, and nothing can be "
+                             "copied into it: give it memory of its own, with .contiguous()")
         if _own_memory(t) and t.numel(): groups.setdefault((t.device, t.untyped_storage().data_ptr()), []).append(n)
     for names in groups.values():
         if len(names) == 1: continue
@@ -97,7 +103,8 @@ def _two_values(n, later, view, new, where):
 # %% ../../nbs/lab/05_weights.ipynb #cec4c7a3
 def _misfit(v, mine):
     "Why the tensor v cannot take the place of `mine`; None if it can"
-    if not isinstance(v, Tensor) or v.is_meta or v.layout is not torch.strided: return f"not a plain tensor with values ({type(v).__name__})"
+    if not isinstance(v, Tensor) or v.is_meta or v.layout is not torch.strided:
+        return f"not a plain tensor with values ({type(v).__name__})"
     if mine is None: return "the network has nothing of this name"
     if v.shape != mine.shape: return f"shape {tuple(v.shape)}, the network's is {tuple(mine.shape)}"
     if v.is_floating_point() != mine.is_floating_point(): return f"{v.dtype}, the network's is {mine.dtype}"
@@ -106,11 +113,12 @@ def _misfit(v, mine):
 def load_weights(
     model:nn.Module, # Changed in place
     source, # Path of a .safetensors file, or of one that `torch.save` wrote; or a dict of name → tensor
-)->dict: # loaded: names in the model; skipped: name in the checkpoint → reason; missing: names in the model that got nothing, also under none that they are tied to
-    "Copies what fits in name and shape from a dense checkpoint; ValueError, and no change, if nothing does or tied tensors have two values"
+)->dict: # loaded: names in the model; skipped: name in the checkpoint → reason; missing: names that got nothing
+    "Copies what fits in name and shape; ValueError, and no change, if nothing does or tied tensors have two values"
     given, where = _read(source)
     own = {_plain(n): v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
-    if any(v.is_meta for v in own.values()): raise ValueError("the model is on the meta device, which holds no values: make it on another first")
+    if any(v.is_meta for v in own.values()):
+        raise ValueError("the model is on the meta device, which holds no values: make it on another first")
     fits, skipped = {}, {}
     for name, v in given.items():
         to = _plain(str(name))
@@ -118,11 +126,14 @@ def load_weights(
         reason = _misfit(v, own.get(to)) or (f"a second tensor for {to}" if to in fits else None)
         if reason: skipped[name] = reason
         else: fits[to] = v
-    if not any(_plain(n) in fits for n, _ in model.named_parameters(remove_duplicate=False)):     # counters of batch norm fit anywhere
+    parameters = [_plain(n) for n, _ in model.named_parameters(remove_duplicate=False)]
+    if not any(n in fits for n in parameters):                # batch norm's counters alone fit anywhere
         examples = '; '.join(f'{n}: {r}' for n, r in [*skipped.items()][:3]) or 'it is empty'
-        raise ValueError(f"no weight of {where} fits this {type(model).__name__} ({examples}); the network has {', '.join([*own][:3])} …")
+        raise ValueError(f"no weight of {where} fits this {type(model).__name__} ({examples}); "
+                         f"the network has {', '.join([*own][:3])} …")
     check_shared(own, fits, where)
     with torch.no_grad():
         for n, v in fits.items(): own[n].copy_(v)
-    filled = {_place(own[n]) for n in fits}
-    return dict(loaded=list(fits), skipped=skipped, missing=[n for n in own if n not in fits and _place(own[n]) not in filled])
+    filled = {_place(own[n]) for n in fits}             # a tied tensor may have got its values under its other name
+    missing = [n for n in own if n not in fits and _place(own[n]) not in filled]
+    return dict(loaded=list(fits), skipped=skipped, missing=missing)

@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..helpers import format_table
+from ..helpers import format_table, whole_number
 from ..core.hyperflux import Hyperflux
 
 # %% ../../nbs/study/08_recorder.ipynb #1c87eaee
@@ -25,7 +25,7 @@ class Trace:
     presence:np.ndarray # t
     value:np.ndarray # ω
     flux:np.ndarray # φ = -c·ω·g, in nats
-    push:np.ndarray # [times], γ/d, what flux has to beat
+    pressure:np.ndarray # [times], γ/d: what flux has to beat
     @property
     def present(self)->np.ndarray: return self.presence >= 0
     @property
@@ -44,29 +44,38 @@ class Recorder:
         every:int=1, # Steps from one look to the next
         seed:int=0, # Of the draw
     ):
-        if not isinstance(pruner, Hyperflux): raise TypeError(f"a recorder watches presences, and {type(pruner).__name__} has none: give it a Hyperflux")
-        if not (isinstance(every, int) and every > 0): raise ValueError(f"every counts steps, a whole number above 0: got {every!r}")
-        if pruner.shards.cuts: raise ValueError("this process holds only parts of the weights: record without fully_shard")
-        self.pruner, self.every = pruner, every
-        self.places = (spread_places(pruner.sizes, weights, seed) if isinstance(weights, int) else torch.as_tensor(weights)).to(pruner.device)
+        _check_presences(pruner, "a recorder watches presences")
+        _check_whole(pruner)
+        self.pruner, self.every = pruner, whole_number('every', every)
+        places = spread_places(pruner.sizes, weights, seed) if isinstance(weights, int) else torch.as_tensor(weights)
+        self.places = places.to(pruner.device)
         bad = self.places[(self.places < 0) | (self.places >= pruner.d)]
         if len(bad): raise ValueError(f"there are {pruner.d:,} weights, counted from 0: got place {bad[0].item():,}")
-        self._vectors = pruner.presence, pruner.value, pruner._pull
-        self._rows, self._steps, self._pushes = [], [], []
+        self._rows, self._steps, self._pressures = [], [], []
         self._handle = pruner.optimizer.register_step_pre_hook(self._look)
 
     @torch.no_grad()
     def _look(self, optimizer, args, kwargs):
         p = self.pruner
-        if p._depth == 1 and p._swapped and p.step % self.every == 0:
-            if len(self._steps) % 1024 == 0: self._rows.append(torch.empty(1024, 3, len(self.places), device=p.device, dtype=p.dtype))
-            for out, v in zip(self._rows[-1][len(self._steps) % 1024], self._vectors): torch.index_select(v, 0, self.places, out=out)
-            self._steps.append(p.step); self._pushes.append(p.gamma/p.d)
+        if not p.in_step or p.step % self.every or self._steps[-1:] == [p.step]: return # once, with steps inside too
+        at, n = len(self._steps) % 1024, len(self.places)
+        if at == 0: self._rows.append(torch.empty(1024, 3, n, device=p.device, dtype=p.dtype))
+        for out, v in zip(self._rows[-1][at], (p.presence, p.value, p.sensitivity)):
+            torch.index_select(v, 0, self.places, out=out)
+        self._steps.append(p.step); self._pressures.append(p.pressure/p.d)
 
     def close(self):
         "Stops looking; what was seen stays"
         self._handle.remove()
 
+def _check_presences(pruner, why):
+    if isinstance(pruner, Hyperflux): return
+    raise TypeError(f"{why}, and {type(pruner).__name__} has none: give it a Hyperflux")
+
+def _check_whole(pruner):
+    if pruner.layout.place: raise ValueError("this process holds only parts of the weights: watch without fully_shard")
+
+# %% ../../nbs/study/08_recorder.ipynb #1c87eaef
 def spread_places(
     sizes:list[int], # Weights of each layer
     n:int, # How many to draw
@@ -75,11 +84,12 @@ def spread_places(
     "Draws places as evenly from all layers as their sizes allow, so that small layers are seen too"
     if not 0 < n <= sum(sizes): raise ValueError(f"weights says how many of {sum(sizes):,} to watch: got {n}")
     g, left, take = torch.Generator('cpu').manual_seed(seed), n, [0]*len(sizes)
-    for k, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):                     # the smallest layer first
+    for k, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):    # the smallest layer first
         take[i] = min(sizes[i], left//(len(sizes) - k))
         left -= take[i]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    return torch.cat([s + torch.randperm(n, generator=g, device='cpu')[:k].sort().values for s, n, k in zip(starts, sizes, take)])
+    draw = lambda n, k: torch.randperm(n, generator=g, device='cpu')[:k].sort().values
+    return torch.cat([s + draw(n, k) for s, n, k in zip(starts, sizes, take)])
 
 # %% ../../nbs/study/08_recorder.ipynb #68507a5f
 def place_names(
@@ -87,21 +97,27 @@ def place_names(
     places:Tensor, # In its flat vectors
 )->list[str]: # Such as 'fc1.weight[3, 17]'
     "Which weight of which layer stands at each place"
-    ends, names = np.cumsum(pruner.sizes), []
+    ends, names, orders = np.cumsum(pruner.sizes), [], pruner.layout.order(pruner.masks)
     for at in places.tolist():
         i = int(np.searchsorted(ends, at, 'right'))
-        order, shape = pruner._order[i], pruner.params[i].shape
-        where, rest = [0]*len(shape), at - int(ends[i] - pruner.sizes[i])
-        for d in reversed(order): rest, where[d] = divmod(rest, shape[d])                        # the fastest dimension in memory first
+        where = _index(pruner.params[i].shape, orders[i], at - int(ends[i] - pruner.sizes[i]))
         names.append(f"{pruner.names[i]}{where}")
     return names
+
+def _index(shape, order, at):
+    "Of the entry that comes as number `at` in memory"
+    where = [0]*len(shape)
+    for d in reversed(order): at, where[d] = divmod(at, shape[d])               # the fastest dimension first
+    return where
 
 @patch
 def trace(self:Recorder)->Trace:
     "All that was seen so far (waits for the device)"
     if not self._steps: raise RuntimeError("nothing was recorded: take optimiser steps while the topology is not fixed")
-    t, value, pull = torch.cat(self._rows)[:len(self._steps)].cpu().numpy().transpose(1, 0, 2)
-    return Trace(np.array(self._steps), self.places.cpu().numpy(), place_names(self.pruner, self.places), t, value, -self.pruner.settings.slope*pull, np.array(self._pushes))
+    t, value, sensitivity = torch.cat(self._rows)[:len(self._steps)].cpu().numpy().transpose(1, 0, 2)
+    places, names = self.places.cpu().numpy(), place_names(self.pruner, self.places)
+    flux = -self.pruner.settings.slope*sensitivity
+    return Trace(np.array(self._steps), places, names, t, value, flux, np.array(self._pressures))
 
 # %% ../../nbs/study/08_recorder.ipynb #aa7c3dd9
 class MaskLog:
@@ -110,18 +126,18 @@ class MaskLog:
         pruner, # Any `Pruner`
         every:int, # Steps from one snapshot to the next; the first is taken at once
     ):
-        if not (isinstance(every, int) and every > 0): raise ValueError(f"every counts steps, a whole number above 0: got {every!r}")
-        if pruner.shards.cuts: raise ValueError("this process holds only parts of the masks: log without fully_shard")
-        self.pruner, self.every, self.steps, self._packed = pruner, every, [], []
+        _check_whole(pruner)
+        self.pruner, self.every, self.steps, self._packed = pruner, whole_number('every', every), [], []
         self._handle = pruner.optimizer.register_step_post_hook(self._look)
         self._take()
 
     def _look(self, optimizer, args, kwargs):
-        p = self.pruner
-        if p._depth == 0 and p.step % self.every == 0 and p.step != self.steps[-1]: self._take()
+        step = self.pruner.step
+        if step % self.every == 0 and step != self.steps[-1]: self._take()
 
     def _take(self):
-        self.steps.append(self.pruner.step); self._packed.append(np.packbits(self.pruner.mask.bool().cpu().numpy()))
+        self.steps.append(self.pruner.step)
+        self._packed.append(np.packbits(self.pruner.mask.bool().cpu().numpy()))
 
     def close(self):
         "Takes no more"
@@ -156,17 +172,21 @@ class Returns:
     def __init__(self,
         pruner:Hyperflux,
     ):
-        if not isinstance(pruner, Hyperflux): raise TypeError(f"what comes back has a presence, and {type(pruner).__name__} has none: give it a Hyperflux")
+        _check_presences(pruner, "what comes back has a presence")
         if pruner.frozen: raise ValueError("nothing comes back any more: the topology is fixed")
         self.pruner, self.first, self.step = pruner, pruner.presence.clone(), pruner.step
         self.absent = pruner.mask == 0
-        self.out, self.excess, self.last = self.absent.clone(), torch.zeros_like(pruner.presence), pruner.presence.clone()
-        self._handles = pruner.optimizer.register_step_pre_hook(self._pull), pruner.optimizer.register_step_post_hook(self._look)
+        self.out, self.last = self.absent.clone(), pruner.presence.clone()
+        self.excess = torch.zeros_like(pruner.presence)
+        self._added, opt = None, pruner.optimizer
+        self._handles = opt.register_step_pre_hook(self._add), opt.register_step_post_hook(self._look)
 
     @torch.no_grad()
-    def _pull(self, optimizer, args, kwargs):
+    def _add(self, optimizer, args, kwargs):
         p = self.pruner
-        if p._depth == 1 and p._swapped: self.excess.add_((p._pull*-p.settings.slope - p.gamma/p.d)*self.out)
+        if not p.in_step or p.step == self._added: return
+        self._added = p.step
+        self.excess.add_((p.sensitivity*-p.settings.slope - p.pressure/p.d)*self.out)
 
     @torch.no_grad()
     def _look(self, optimizer, args, kwargs):
@@ -181,11 +201,13 @@ class Returns:
     def counts(self)->dict: # above and below, each: back, risen, fallen
         "How many weights, by the side of γ/d on which their mean flux was, and by what they did"
         back, up = self.absent & ~self.out, self.out & (self.last > self.first)
-        did = dict(back=back, risen=up, fallen=self.out & ~up)
-        return {k: {name: int((side & self.absent & v).sum()) for name, v in did.items()} for k, side in dict(above=self.excess > 0, below=self.excess <= 0).items()}
+        did, above = dict(back=back, risen=up, fallen=self.out & ~up), self.excess > 0
+        count = lambda side: {name: int((side & self.absent & v).sum()) for name, v in did.items()}
+        return dict(above=count(above), below=count(~above))
 
     def text(self, markdown=False)->str:
         rows = [[f'mean flux {k} γ/d', *(f'{v:,}' for v in row.values())] for k, row in self.counts.items()]
-        return format_table([f'steps {self.step:,} to {self.pruner.step:,}', 'came back', 'rose', 'fell'], rows, markdown=markdown)
+        titles = [f'steps {self.step:,} to {self.pruner.step:,}', 'came back', 'rose', 'fell']
+        return format_table(titles, rows, markdown=markdown)
     def __repr__(self): return self.text()
     def _repr_markdown_(self): return self.text(markdown=True)

@@ -10,11 +10,11 @@ import statistics, time
 
 import torch
 
-from ..lab.data import load_data
-from ..lab.processes import World
-from .recipes import Config
 from ..helpers import duration
-from .train import Run, no_denormals
+from ..lab.datasets import load_data
+from ..lab.processes import World
+from .config import Config
+from .run import Run, no_denormals
 
 # %% ../../nbs/study/03_rehearsal.ipynb #1c470662
 def rehearse(
@@ -25,18 +25,20 @@ def rehearse(
     compile:bool=False, # As for `fit`
     steps:int=3, # Of each stage; the first of each is not timed if there are more
     world:World=World(),
-)->dict: # seconds a step (dense, prune), seconds for all, memory (bytes allocated at most on a GPU, else None), loss of each step
+)->dict: # seconds a step (dense, prune) and for all; losses, one a step; memory (bytes at most on a GPU, else None)
     "A few steps of dense training and of pruning, at full size"
     no_denormals()
-    run = Run(config, data or load_data(config.data, valid=config.valid, size=config.size), device, compile, world)
+    data = data or load_data(config.data, valid=config.valid, size=config.size)
+    run = Run(config, data, device, compile, world)
     if run.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(run.device)
     dense, losses = _steps(run, steps)
     run.start_pruning()
     prune, more = _steps(run, steps)
     n, c = len(run.train_loader), config
+    training = n*(c.start*dense + (c.epochs - c.start)*prune)
     evaluating = c.epochs*dense/3*len(run.test_loader)*1000/c.batch_size
-    return dict(dense=dense, prune=prune, seconds=n*(c.start*dense + (c.epochs - c.start)*prune) + evaluating, losses=losses + more,
-                memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == 'cuda' else None)
+    memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == 'cuda' else None
+    return dict(dense=dense, prune=prune, seconds=training + evaluating, losses=losses + more, memory=memory)
 
 def _steps(run, steps):
     "The median time of some training steps, and their losses"
@@ -56,6 +58,8 @@ def rehearsal_text(
     config:Config,
 )->str:
     "What the rehearsal says of the whole run"
-    lines = [f"{k:<22}{v:>14}" for k, v in (('a dense step', f"{1e3*r['dense']:.1f} ms"), ('a pruning step', f"{1e3*r['prune']:.1f} ms"), ('all epochs, about', duration(r['seconds'])))]
-    if r['memory']: lines.append(f"{'memory at most':<22}{r['memory']/2**30:>10.2f} GiB")
-    return '\n'.join(lines) + f"\n\nMeasured over a few steps of {config.batch_size} images; nothing was written."
+    rows = {'a dense step': f"{1e3*r['dense']:.1f} ms", 'a pruning step': f"{1e3*r['prune']:.1f} ms",
+            'all epochs, about': duration(r['seconds'])}
+    if r['memory']: rows['memory at most'] = f"{r['memory']/2**30:.2f} GiB"
+    table = '\n'.join(f'{k:<22}{v:>14}' for k, v in rows.items())
+    return f"{table}\n\nMeasured over a few steps of {config.batch_size} images; nothing was written."

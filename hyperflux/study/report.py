@@ -13,7 +13,7 @@ from ..helpers import atomic, duration
 from ..core.meter import plot_flux
 from ..rivals.registry import method
 from ..plots import COLORS, shade_stages
-from .recipes import Config
+from .config import Config
 from .results import read_history, read_summary
 
 # %% ../../nbs/study/11_report.ipynb #2a6df971
@@ -31,67 +31,132 @@ def _svg(draw, size):
 def figures(
     history:list[dict], # Of `read_history`
     flux:dict|None=None, # Of `FluxMeter.histogram`
+    metric:str='accuracy', # A column of the history, besides accuracy
 )->dict: # Title → SVG
     "The run in pictures"
     es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
-    def density(ax):
-        shade_stages(ax, history)
-        ax.semilogy(es, get('density'), color=COLORS['density'], label='density'); ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
-        ax.set_ylabel('density'); ax.legend(frameon=False, loc='upper right')
-        if any(get('pressure')):
-            twin = ax.twinx(); twin.plot(es, get('pressure'), color=COLORS['pressure'], lw=1); twin.set_ylabel('pressure γ', color=COLORS['pressure'])
-    def accuracy(ax):
-        shade_stages(ax, history)
-        ax.plot(es, get('accuracy'), color=COLORS['accuracy']); ax.set_ylabel('accuracy (%)')
-        top = max(get('accuracy')); ax.set_ylim(max(min(get('accuracy')) - 1, top - 20), min(100, top + 1.5))
-    def loss(ax):
-        shade_stages(ax, history)
-        ax.plot(es, get('loss'), color=COLORS['training'], label='training objective'); ax.plot(es, get('eval_loss'), color=COLORS['held_out'], label='cross-entropy, held-out images'); ax.set_ylabel('loss (nats)'); ax.legend(frameon=False)
-    def lives(ax):
-        shade_stages(ax, history)
-        ax.bar([e - .5 for e in es], get('births'), color=COLORS['births'], label='births'); ax.bar([e - .5 for e in es], [-v for v in get('deaths')], color=COLORS['deaths'], label='deaths')
-        ax.set_yscale('symlog', linthresh=10); ax.set_ylabel('weights per epoch'); ax.axhline(0, color='k', lw=.6); ax.legend(frameon=False)
-    made = {'Density follows its plan': density, 'Accuracy': accuracy, 'Loss': loss}
-    if any(v for k in ('births', 'deaths') for v in get(k) if not math.isnan(v)): made['Births and deaths'] = lives
-    out = {k: _svg(draw, (5.2, 3)) for k, draw in made.items()}
-    if flux: out['Flux, when pressure ended'] = _svg(lambda ax: plot_flux(flux, ax).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present']))), (5.2, 3))
+    made = {'Density and its plan': _density, 'Accuracy': _accuracy}
+    if metric != 'accuracy': made[metric] = lambda ax, es, get: ax.plot(es, get(metric), color=COLORS['accuracy'])
+    made['Loss'] = _loss
+    if any(v for k in ('births', 'deaths') for v in get(k) if not math.isnan(v)): made['Births and deaths'] = _lives
+    out = {k: _svg(lambda ax: draw(shade_stages(ax, history), es, get), (5.2, 3)) for k, draw in made.items()}
+    if flux:
+        room = dict(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
+        out['Flux, when pressure ended'] = _svg(lambda ax: plot_flux(flux, ax).set(**room), (5.2, 3))
     return out
+
+def _density(ax, es, get):
+    ax.semilogy(es, get('density'), color=COLORS['density'], label='density')
+    ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
+    ax.set_ylabel('density'); ax.legend(frameon=False, loc='upper right')
+    if not any(get('pressure')): return
+    twin = ax.twinx()
+    twin.plot(es, get('pressure'), color=COLORS['pressure'], lw=1)
+    twin.set_ylabel('pressure γ', color=COLORS['pressure'])
+
+def _accuracy(ax, es, get):
+    values = get('accuracy')
+    ax.plot(es, values, color=COLORS['accuracy'])
+    ax.set(ylabel='accuracy (%)', ylim=(max(min(values) - 1, max(values) - 20), min(100, max(values) + 1.5)))
+
+def _loss(ax, es, get):
+    ax.plot(es, get('loss'), color=COLORS['training'], label='training objective')
+    ax.plot(es, get('eval_loss'), color=COLORS['held_out'], label='cross-entropy, held-out images')
+    ax.set_ylabel('loss (nats)'); ax.legend(frameon=False)
+
+def _lives(ax, es, get):
+    middle = [e - .5 for e in es]
+    ax.bar(middle, get('births'), color=COLORS['births'], label='births')
+    ax.bar(middle, [-v for v in get('deaths')], color=COLORS['deaths'], label='deaths')
+    ax.axhline(0, color='k', lw=.6)
+    ax.set_yscale('symlog', linthresh=10); ax.set_ylabel('weights per epoch'); ax.legend(frameon=False)
 
 # %% ../../nbs/study/11_report.ipynb #a7c257e7
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #667; --line: #d9dee5; --paper: #fff; --tint: #f4f6f9; --bar: #0173b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa3b0; --line: #3a424d; --paper: #1b2027; --tint: #252c35; --bar: #56b4e9; } }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
+:root { color-scheme: light dark;
+  --ink: #1d2733; --soft: #667; --line: #d9dee5; --paper: #fff; --tint: #f4f6f9; --bar: #0173b2; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e6e9ee; --soft: #9aa3b0; --line: #3a424d; --paper: #1b2027; --tint: #252c35; --bar: #56b4e9; } }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
 .lead { color: var(--soft); margin: .2rem 0 1.4rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); gap: .8rem; }
-.tile { background: var(--tint); border-radius: 8px; padding: .7rem .9rem; } .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); font-size: .85rem; }
+.tile { background: var(--tint); border-radius: 8px; padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-figure { margin: 0; background: #fff; color: #222; border: 1px solid var(--line); border-radius: 8px; padding: .5rem .7rem; } figcaption { font-size: .9rem; font-weight: 600; } svg { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; } td, th { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child, td.text { text-align: left; overflow-wrap: anywhere; } tr:last-child td { font-weight: 600; border-bottom: 0; }
-.settings tr:last-child td { font-weight: inherit; } .bar { width: 28%; } .bar i { display: block; height: .7rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
-summary { cursor: pointer; color: var(--soft); margin: .5rem 0; } footer { color: var(--soft); font-size: .85rem; margin: 2.5rem 0 1rem; }
-.wide { overflow-x: auto; }
+figure { margin: 0; background: #fff; color: #222; border: 1px solid var(--line); border-radius: 8px;
+  padding: .5rem .7rem; }
+figcaption { font-size: .9rem; font-weight: 600; } svg { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+td, th { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  font-variant-numeric: tabular-nums; }
+td:first-child, th:first-child, td.text { text-align: left; overflow-wrap: anywhere; }
+tr:last-child td { font-weight: 600; border-bottom: 0; } .settings tr:last-child td { font-weight: inherit; }
+.bar { width: 28%; }
+.bar i { display: block; height: .7rem; background: var(--bar); border-radius: 2px; min-width: 1px; }
+summary { cursor: pointer; color: var(--soft); margin: .5rem 0; } .wide { overflow-x: auto; }
+footer { color: var(--soft); font-size: .85rem; margin: 2.5rem 0 1rem; }
 """
 
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title><style>{style}</style></head><body>
+<h1>{title}</h1>
+<p class="lead">{lead}</p>
+<div class="tiles">{tiles}</div>
+<h2>Curves</h2><div class="figures">{figures}</div>
+<h2>Layers</h2>{layers}
+<h2>Settings</h2>{settings}
+<footer>Made by hyperflux {where}. Accuracy is that of the last epoch.</footer>
+</body></html>
+"""
+
+# %% ../../nbs/study/11_report.ipynb #a7c257e8
 def _table(head, rows, kind=''):
-    cell = lambda v, tag='td': f'<{tag}>{v}</{tag}>' if not str(v).startswith('<td') else v
-    return f'<div class="wide"><table class="{kind}"><tr>{"".join(cell(h, "th") for h in head)}</tr>' + ''.join(f'<tr>{"".join(map(cell, r))}</tr>' for r in rows) + '</table></div>'
+    cell = lambda v, tag='td': v if str(v).startswith('<td') else f'<{tag}>{v}</{tag}>'
+    lines = [''.join(cell(h, 'th') for h in head), *(''.join(map(cell, r)) for r in rows)]
+    return f'<div class="wide"><table class="{kind}">' + ''.join(f'<tr>{r}</tr>' for r in lines) + '</table></div>'
 
 def _layers(rows):
     most = max(r['density'] for r in rows) or 1
-    bar = lambda r: f'<td class="bar"><i style="width:{100*r["density"]/most:.1f}%"></i></td>' if r['layer'] != 'total' else '<td></td>'
-    return _table(['layer', 'shape', 'weights', 'left', 'density', ''],
-                  [[html.escape(r['layer']), '×'.join(map(str, r['shape'])), f"{r['weights']:,}", f"{r['left']:,}", f"{100*r['density']:.2f} %", bar(r)] for r in rows])
+    def bar(r):
+        if r['layer'] == 'total': return '<td></td>'
+        return f'<td class="bar"><i style="width:{100*r["density"]/most:.1f}%"></i></td>'
+    cells = [[html.escape(r['layer']), '×'.join(map(str, r['shape'])), f"{r['weights']:,}", f"{r['left']:,}",
+              f"{100*r['density']:.2f} %", bar(r)] for r in rows]
+    return _table(['layer', 'shape', 'weights', 'left', 'density', ''], cells)
 
 def _settings(config):
-    said = {f.name: (f, config.get(f.name, f.default)) for f in dataclasses.fields(Config)}
-    show = lambda names, bold: _table(['setting', 'value', 'default'], [[n, f'<b>{html.escape(str(said[n][1]))}</b>' if bold else html.escape(str(said[n][1])), html.escape(str(said[n][0].default))] for n in names], 'settings')
-    own = [n for n, (f, v) in said.items() if v != f.default]
+    "Those that are not the defaults in bold, the others folded away"
+    said = {f.name: (config.get(f.name, f.default), f.default) for f in dataclasses.fields(Config)}
+    text = lambda v: html.escape(str(v))
+    def table(names, bold):
+        cells = [[n, f'<b>{text(said[n][0])}</b>' if bold else text(said[n][0]), text(said[n][1])] for n in names]
+        return _table(['setting', 'value', 'default'], cells, 'settings')
+    own = [n for n, (v, default) in said.items() if v != default]
     rest = [n for n in said if n not in own]
-    return (show(own, True) if own else '<p>All as by default.</p>') + f'<details><summary>{len(rest)} settings as by default</summary>{show(rest, False)}</details>'
+    first = table(own, True) if own else '<p>All as by default.</p>'
+    return f'{first}<details><summary>{len(rest)} settings as by default</summary>{table(rest, False)}</details>'
 
+def _tiles(s):
+    "The numbers that matter, each with what it is"
+    before = 'untrained' if method(s['config']['method']).untrained else 'dense'
+    tiles = [(f"{s['accuracy']:.2f} %", f"{s['split']} accuracy, pruned"),
+             (f"{s['dense_accuracy']:.2f} %", f"{s['split']} accuracy, {before}"),
+             (f"{100*s['sparsity_reached']:.2f} %", f"sparsity, {100*s['sparsity_asked']:.4g} % asked"),
+             (f"{s['left']:,}", f"of {s['weights']:,} weights left, {s['keep']:,} asked")]
+    if score := s.get('score'):
+        what = f"{s['split']} {html.escape(score['name'])}, pruned; {before} {score['dense']:.4g}"
+        tiles.insert(0, (f"{score['pruned']:.4g}", what))
+    if size := s.get('sizes'):
+        tiles.append((f"{size['compressed']/1e3:,.0f} kB", f"compressed, of {size['dense']/1e3:,.0f} kB"))
+    if 'seconds' in s: tiles.append((duration(s['seconds']), 'training time'))
+    return ''.join(f'<div class="tile"><b>{number}</b><span>{what}</span></div>' for number, what in tiles)
+
+# %% ../../nbs/study/11_report.ipynb #a7c257e9
 def report(
     folder, # Of a finished run
     out=None, # The file; None: report.html in the folder
@@ -100,24 +165,17 @@ def report(
     folder = Path(folder)
     s = read_summary(folder)
     try: history = read_history(folder/'history.csv')
-    except (ValueError, OSError) as e: raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
-    c, made, untrained = s['config'], s.get('made') or {}, method(s['config']['method']).untrained
-    tiles = [(f"{s['accuracy']:.2f} %", f"{s['split']} accuracy, pruned"), (f"{s['dense_accuracy']:.2f} %", f"{s['split']} accuracy, {'untrained' if untrained else 'dense'}"),
-             (f"{100*s['sparsity_reached']:.2f} %", f"sparsity, {100*s['sparsity_asked']:.4g} % asked"), (f"{s['left']:,}", f"of {s['weights']:,} weights left, {s['keep']:,} asked")]
-    if 'sizes' in s: tiles.append((f"{s['sizes']['compressed']/1e3:,.0f} kB", f"compressed, of {s['sizes']['dense']/1e3:,.0f} kB"))
-    if 'seconds' in s: tiles.append((duration(s['seconds']), 'training time'))
-    where = ', '.join(f'{k} {v}' for k, v in made.items() if v is not None)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(folder.resolve().name)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(c['model'])} on {html.escape(c['data'])}, {100*s['sparsity_asked']:.4g} % sparse</h1>
-<p class="lead">{html.escape(c['method'])}, {c['dense_epochs']} + {c['prune_epochs']} + {c['regrow_epochs']} epochs, seed {c['seed']} · {html.escape(folder.resolve().name)}</p>
-<div class="tiles">{''.join(f'<div class="tile"><b>{b}</b><span>{t}</span></div>' for b, t in tiles)}</div>
-<h2>Curves</h2><div class="figures">{''.join(f'<figure><figcaption>{k}</figcaption>{v}</figure>' for k, v in figures(history, s.get('flux')).items())}</div>
-<h2>Layers</h2>{_layers(s['layers'])}
-<h2>Settings</h2>{_settings(c)}
-<footer>Made by hyperflux {html.escape(where)}. Accuracy is that of the last epoch.</footer>
-</body></html>
-"""
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
+    c, name = s['config'], html.escape(folder.resolve().name)
+    epochs = ' + '.join(str(c[f'{stage}_epochs']) for stage in ('dense', 'prune', 'regrow'))
+    pictures = figures(history, s.get('flux'), s['score']['name'] if 'score' in s else 'accuracy')
+    page = _PAGE.format(
+        name=name, style=_STYLE, tiles=_tiles(s), layers=_layers(s['layers']), settings=_settings(c),
+        title=f"{html.escape(c['model'])} on {html.escape(c['data'])}, {100*s['sparsity_asked']:.4g} % sparse",
+        lead=f"{html.escape(c['method'])}, {epochs} epochs, seed {c['seed']} · {name}",
+        figures=''.join(f'<figure><figcaption>{html.escape(k)}</figcaption>{v}</figure>' for k, v in pictures.items()),
+        where=html.escape(', '.join(f'{k} {v}' for k, v in (s.get('made') or {}).items() if v is not None)))
     path = Path(out) if out else folder/'report.html'
     try:
         with atomic(path, 'w') as f: f.write(page)

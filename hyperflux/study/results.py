@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
-           'plot_run', 'clear_run', 'write_results', 'read_summary', 'load_run']
+           'plot_run', 'clear_run', 'write_results', 'read_summary', 'same_settings', 'load_run']
 
 # %% ../../nbs/study/01_results.ipynb #c89e7190
-import csv, dataclasses, json, math, zlib
+import csv, dataclasses, json, zlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
-from ..helpers import atomic, usual_defaults, duration, origin
-from ..lab.checkpoint import checkpoints
 from ..core.meter import plot_flux
-from ..rivals.registry import method
-from ..lab.models import make_model
 from ..core.tally import density_table
-from .recipes import DATASETS, Config
+from ..helpers import atomic, duration, origin, usual_defaults
+from ..lab.checkpoint import checkpoints
+from ..lab.datasets import shape_of
+from ..lab.models import make_model
 from ..lab.weights import load_weights
+from ..plots import BLUE, COLORS, shade_stages
+from ..rivals.registry import method
+from .measure import metric_name
+from .config import Config
 
 # %% ../../nbs/study/01_results.ipynb #2071ec7b
 def write_history(
@@ -37,8 +40,13 @@ def read_history(
     path, # history.csv, of a run that is finished or still going on
 )->list[dict]: # Numbers as numbers
     "What `write_history` wrote"
-    number = lambda s: s if s.replace('_', '').isalpha() and s not in ('nan', 'inf') else int(s) if s.lstrip('-').isdigit() else float(s)
-    with open(path, newline='', encoding='utf-8') as f: return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    with open(path, newline='', encoding='utf-8') as f:
+        return [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+def _value(text):
+    "A number, or a word"
+    if text.replace('_', '').isalpha() and text not in ('nan', 'inf'): return text
+    return int(text) if text.lstrip('-').isdigit() else float(text)
 
 # %% ../../nbs/study/01_results.ipynb #1d703f81
 def check_tensorboard(
@@ -47,7 +55,9 @@ def check_tensorboard(
     "ValueError if it cannot: to be asked before anything else is done"
     if folder is None: raise ValueError("TensorBoard needs a folder to write to: give out=")
     try: import torch.utils.tensorboard # noqa: F401
-    except ImportError as e: raise ValueError("TensorBoard is not installed: pip install 'hyperflux[tensorboard]', or leave out --tensorboard") from e
+    except ImportError as e:
+        raise ValueError("TensorBoard is not installed: pip install 'hyperflux[tensorboard]', "
+                         "or leave out --tensorboard") from e
 
 def tensorboard_log(
     folder, # Of the run; rows go to its subfolder tensorboard
@@ -75,66 +85,90 @@ def summary(
     run, # A finished `Run`
 )->dict: # Numbers and the layers' rows
     "What the run asked for and what it reached"
-    p, rows, last = run.pruner, run.pruner.layers(), run.history[-1]
-    data = dict(in_shape=list(run.data.in_shape), n_classes=run.data.n_classes)
-    return dict(config=dataclasses.asdict(run.config), **data, dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'],
-                split='valid' if run.config.valid else 'test', sparsity_asked=run.config.sparsity, sparsity_reached=1 - rows[-1]['left']/p.d,
-                keep=p.keep, left=rows[-1]['left'], present=p.present, differs=p.differs(), weights=p.d, layers=rows)
+    c, p, rows, last = run.config, run.pruner, run.pruner.layers(), run.history[-1]
+    left, name = rows[-1]['left'], metric_name(c.metric)
+    score = {} if name == 'accuracy' else dict(score=dict(name=name, dense=run.dense_score, pruned=last[name]))
+    return dict(config=dataclasses.asdict(c), in_shape=list(run.data.in_shape), n_classes=run.data.n_classes,
+                dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'], **score,
+                split='valid' if c.valid else 'test', sparsity_asked=c.sparsity, sparsity_reached=1 - left/p.d,
+                keep=p.keep, left=left, present=p.present, differs=p.differs(), weights=p.d, layers=rows)
 
 def summary_text(
     s:dict, # From `summary`
     markdown:bool=False,
 )->str:
     "The summary as a table"
-    rows = [(f"{s['split']} accuracy, {'untrained' if method(s['config']['method']).untrained else 'dense'}", f"{s['dense_accuracy']:.2f} %"), (f"{s['split']} accuracy, pruned", f"{s['accuracy']:.2f} %"),
-            ('sparsity asked', f"{s['sparsity_asked']:.4%}"), ('sparsity reached', f"{s['sparsity_reached']:.4%}"),
-            ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
-    if 'sizes' in s: rows += [('model.safetensors', f"{s['sizes']['dense']/1e3:,.1f} kB"), ('the same, compressed', f"{s['sizes']['compressed']/1e3:,.1f} kB")]
-    if 'seconds' in s: rows.append(('training time', duration(s['seconds'])))
+    rows, table = _rows(s), density_table(s['layers'], markdown=markdown)
     differs = s.get('differs', '')                            # the model from the mask; older summaries do not know
     end = f"\n\nThe model is not what the pruner made it: {differs}"*bool(differs)
-    if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + '\n\n' + density_table(s['layers'], markdown=True) + end
-    return '\n'.join(f'{a:<24}{b:>20}' for a, b in rows) + '\n\n' + density_table(s['layers']) + end
+    if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + f'\n\n{table}{end}'
+    wide = max(24, *(len(a) + 2 for a, _ in rows))
+    return '\n'.join(f'{a:<{wide}}{b:>20}' for a, b in rows) + f'\n\n{table}{end}'
+
+def _rows(s):
+    "What is asked most, in words"
+    split, first = s['split'], 'untrained' if method(s['config']['method']).untrained else 'dense'
+    rows = [(f"{split} accuracy, {first}", f"{s['dense_accuracy']:.2f} %"),
+            (f"{split} accuracy, pruned", f"{s['accuracy']:.2f} %")]
+    if 'score' in s: rows += [(f"{split} {s['score']['name']}, {k}", f"{s['score'][v]:.4g}")
+                              for k, v in ((first, 'dense'), ('pruned', 'pruned'))]
+    rows += [('sparsity asked', f"{s['sparsity_asked']:.4%}"), ('sparsity reached', f"{s['sparsity_reached']:.4%}"),
+             ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
+    for k, name in dict(dense='model.safetensors', compressed='the same, compressed').items():
+        if 'sizes' in s: rows.append((name, f"{s['sizes'][k]/1e3:,.1f} kB"))
+    if 'seconds' in s: rows.append(('training time', duration(s['seconds'])))
+    return rows
 
 # %% ../../nbs/study/01_results.ipynb #123e018d
 def plot_run(
     history:list[dict], # Rows, one an epoch
     layers:list[dict], # From `Pruner.layers`
     flux:dict|None=None, # From `FluxMeter.histogram`
+    metric:str='accuracy', # A column of the history
 ): # A matplotlib figure
-    "Density and pressure; accuracy; weights left per layer; flux"
+    "Density and pressure; accuracy or another metric; weights left per layer; flux"
     import seaborn as sns
     from matplotlib.figure import Figure                      # without pyplot: no window, and nothing to close
     with sns.axes_style('ticks'), sns.color_palette('colorblind'):
         deep = len(layers) > 13
         fig = Figure(figsize=(10, 9 if deep else 6), layout='constrained')
         panels = fig.subplot_mosaic('ab;cd' if flux else 'ab;cc', height_ratios=(1, 2 if deep else 1))
-        a, b, c = (panels[k] for k in 'abc')
-        es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
-        a.semilogy(es, get('density'), 'C0', label='density'); a.semilogy(es, get('planned'), 'C7--', lw=1, label='planned')
-        for ax in a, b: ax.xaxis.get_major_locator().set_params(integer=True)
-        a.set(xlabel='epoch', ylabel='density'); a.legend(frameon=False, loc='upper right')
-        if any(get('pressure')):                              # not every method has one
-            twin = a.twinx(); twin.plot(es, get('pressure'), 'C1', lw=1); twin.set_ylabel('pressure γ', color='C1')
-        b.plot(es, get('accuracy'), 'C2'); b.set(xlabel='epoch', ylabel='accuracy (%)')
-        best, least = max(get('accuracy')), min(float(r['accuracy']) for r in history if r['stage'] != 'dense' or r is history[-1])
-        b.set_ylim(max(0., min(best - 15, least - 2)), min(100., best + 2))
-        begins = {r['stage']: r['epoch'] - 1 for r in reversed(history)}
-        for stage, at in begins.items():
-            for ax in a, b: ax.axvline(at, color='.85', lw=.8, zorder=0)
-            b.text(at, b.get_ylim()[0], f' {stage}', color='.5', fontsize=8, va='bottom')
-        _plot_layers(layers[:-1][::-1], c)
-        if flux: plot_flux(flux, ax=panels['d']).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
-        for ax in panels.values(): sns.despine(ax=ax, right=ax is not a)
+        for k in 'ab': shade_stages(panels[k], history).xaxis.get_major_locator().set_params(integer=True)
+        _plot_density(history, panels['a'])
+        _plot_metric(history, metric, panels['b'])
+        _plot_layers(layers[:-1][::-1], panels['c'])
+        if flux:
+            plot_flux(flux, ax=panels['d']).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
+        for k, ax in panels.items(): sns.despine(ax=ax, right=k != 'a')
     return fig
+
+def _plot_density(history, ax):
+    "With its plan; and pressure, where a method has one"
+    es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
+    ax.semilogy(es, get('density'), color=COLORS['density'], lw=2.5, label='density')
+    ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
+    ax.set(ylabel='density'); ax.legend(frameon=False, loc='lower left')
+    if any(get('pressure')):
+        twin, color = ax.twinx(), COLORS['pressure']
+        twin.plot(es, get('pressure'), color=color, lw=1); twin.set_ylabel('pressure γ', color=color)
+
+def _plot_metric(history, metric, ax):
+    "Near its best, and as far down as it fell while pruning"
+    es, ys = [r['epoch'] for r in history], [float(r[metric]) for r in history]
+    ax.plot(es, ys, color=COLORS['accuracy'])
+    ax.set_ylabel('accuracy (%)' if metric == 'accuracy' else metric)
+    if metric != 'accuracy': return
+    least = min(y for y, r in zip(ys, history) if r['stage'] != 'dense' or r is history[-1])
+    ax.set_ylim(max(0., min(max(ys) - 15, least - 2)), min(100., max(ys) + 2))
 
 def _plot_layers(rows, ax):
     "What is left per layer; with counts, where there is room for them"
     n, most = len(rows), 100*max(r['density'] for r in rows)
-    counts, size = n <= 30, 8 if n <= 30 else 5
-    ax.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color='C0')
-    for i, r in enumerate(rows if counts else ()): ax.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=size)
-    if n > 12: ax.tick_params(axis='y', labelsize=size); ax.margins(y=.01)
+    counts = n <= 30
+    ax.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color=BLUE)
+    for i, r in enumerate(rows if counts else ()):
+        ax.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=8)
+    if n > 12: ax.tick_params(axis='y', labelsize=8 if counts else 5); ax.margins(y=.01)
     ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
 
 # %% ../../nbs/study/01_results.ipynb #cb8c825a
@@ -142,14 +176,16 @@ def clear_run(
     folder, # Of a run
 ):
     "Removes a run's own files, and no others"
-    names = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html', *(f'deploy/{n}' for n in ('model.sparse', 'compact.sparse', 'model.onnx', 'deploy.json', 'deploy.txt', 'deploy.png'))
-    for path in [Path(folder)/name for name in names] + checkpoints(folder): path.unlink(missing_ok=True)
+    own = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html'
+    deployed = 'model.sparse', 'compact.sparse', 'model.onnx', 'deploy.json', 'deploy.txt', 'deploy.png'
+    paths = [Path(folder)/n for n in own] + [Path(folder)/'deploy'/n for n in deployed]
+    for path in paths + checkpoints(folder): path.unlink(missing_ok=True)
 
 def _weights(model):
     "The model in safetensors' format; a shared tensor once, under its first name"
-    state = model.state_dict(keep_vars=True)                               # in which a module may have more than tensors
+    state = model.state_dict(keep_vars=True)                        # in which a module may have more than tensors
     once = {id(v): (k, v) for k, v in reversed(state.items()) if isinstance(v, torch.Tensor)}
-    return save({k: v.detach().cpu().contiguous().clone() for k, v in once.values()})      # views get memory of their own
+    return save({k: v.detach().cpu().contiguous().clone() for k, v in once.values()})   # views get memory of their own
 
 def write_results(
     run, # A finished `Run`
@@ -158,23 +194,36 @@ def write_results(
     "history.csv, model.safetensors, summary.json and run.png in `folder`"
     folder = Path(folder)
     write_history(run.history, folder/'history.csv')
-    with torch.no_grad(): torch._foreach_add_(run.pruner.params, 0.)      # a negative weight times 0 is -0.0: as +0.0 it compresses
+    with torch.no_grad(): torch._foreach_add_(run.pruner.params, 0.)       # -0.0, a negative weight times 0, as 0.0
     with atomic(folder/'model.safetensors') as f: f.write(_weights(run.model))
-    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds, flux=run.flux, made=origin(run.device))
-    with atomic(folder/'run.png') as f: plot_run(run.history, s['layers'], run.flux).savefig(f, dpi=150)
-    with atomic(folder/'summary.json', 'w') as f: f.write(json.dumps(s, indent=2) + '\n')      # last: it says that the run is finished
+    s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds, flux=run.flux,
+                            made=origin(run.device))
+    figure = plot_run(run.history, s['layers'], run.flux, metric_name(run.config.metric))
+    with atomic(folder/'run.png') as f: figure.savefig(f, dpi=150)
+    with atomic(folder/'summary.json', 'w') as f: f.write(json.dumps(s, indent=2) + '\n')     # last: now it is finished
     return s
 
 def read_summary(
     folder, # Of a run
 )->dict: # What `write_results` gave; FileNotFoundError if the run is not finished, ValueError if the file is broken
     "What a finished run reached"
-    folder = Path(folder)
-    if not (folder/'summary.json').is_file():
-        have = ', '.join(sorted(p.parent.name for p in folder.glob('*/summary.json')))
-        raise FileNotFoundError(f"{folder} holds no finished run (no summary.json)" + (f"; it holds runs, name one of them: {have}" if have else "; hyperflux prune --resume --out FOLDER goes on with one that was stopped"))
-    try: return json.loads((folder/'summary.json').read_text(encoding='utf-8'))
-    except (ValueError, OSError) as e: raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
+    path = Path(folder)/'summary.json'
+    if not path.is_file():
+        have = ', '.join(sorted(p.parent.name for p in Path(folder).glob('*/summary.json')))
+        do = f"it holds runs, name one of them: {have}" if have else \
+             "hyperflux prune --resume --out FOLDER goes on with one that was stopped"
+        raise FileNotFoundError(f"{folder} holds no finished run (no summary.json); {do}")
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
+
+def same_settings(
+    config:Config,
+    theirs:dict, # What another version wrote of a run's
+)->list[str]: # Names of the settings that differ; empty: the same run
+    "What is newer than a file had its default when that was written"
+    old = dataclasses.asdict(Config()) | theirs
+    return [k for k, v in dataclasses.asdict(config).items() if old[k] != v]
 
 # %% ../../nbs/study/01_results.ipynb #6a1c0f61
 def load_run(
@@ -182,18 +231,19 @@ def load_run(
 )->tuple: # Its network, its summary, the shape of one input; FileNotFoundError or ValueError if that cannot be had
     "The network that a run left behind"
     s = read_summary(folder)
-    c = Config(**s['config'])
+    c = dataclasses.asdict(Config()) | s['config']
     shape, classes = _data_of(folder, s, c)
-    with usual_defaults(): net = make_model(c.model, classes, shape)
+    with usual_defaults(): net = make_model(c['model'], classes, shape)
     got = load_weights(net, Path(folder)/'model.safetensors')
-    if got['missing'] or got['skipped']: raise ValueError(f"{folder}: model.safetensors does not fit {c.model} ({got['missing'] or got['skipped']}): run it again with --overwrite")
+    if wrong := got['missing'] or got['skipped']:
+        raise ValueError(f"{folder}: model.safetensors does not fit {c['model']} ({wrong}): run it again, --overwrite")
     return net.eval(), s, shape
 
 def _data_of(folder, s, c):
     "Shape of an input and number of classes: as the run wrote them down, or for older ones those of the data set"
     if 'in_shape' in s: return tuple(s['in_shape']), s['n_classes']
-    if c.data not in DATASETS:
-        raise ValueError(f"{folder} does not say what its inputs are, and there is no data set {c.data!r} to ask: write \"in_shape\" and "
-                         "\"n_classes\" into its summary.json, such as [1, 28, 28] and 10, or call deploy with the network and an example")
-    _, shape, classes = DATASETS[c.data]
-    return (shape[0], c.size, c.size) if c.size else shape, classes
+    try: return shape_of(c['data'], c['size'])[:2]
+    except ValueError as e:
+        raise ValueError(f"{folder} does not say what its inputs are, and there is no data set {c['data']!r} to ask: "
+                         "write \"in_shape\" and \"n_classes\" into its summary.json, such as [1, 28, 28] and 10, "
+                         "or call deploy with the network and an example") from e

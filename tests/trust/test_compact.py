@@ -33,7 +33,8 @@ def rows(): return kill(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16,
 
 def pictures():
     return kill(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
-                              nn.PReLU(8), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *through(6, 10, 3)))
+                              nn.PReLU(8), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                              *through(6, 10, 3)))
 
 
 def equal(net, x, smaller=True):
@@ -120,7 +121,8 @@ def test_the_bias_of_projections_whose_middle_one_has_none():
     assert 'has a bias that is computed' in {why for _, why in Channels(net, ROW).pins}
 
 
-@pytest.mark.parametrize('how', ['without its bias', 'with another bias', 'with its bias doubled', 'whose bias is read twice'])
+@pytest.mark.parametrize('how', ['without its bias', 'with another bias', 'with its bias doubled',
+                                 'whose bias is read twice'])
 def test_a_constant_goes_into_no_bias_that_the_layer_does_not_add(how):
     "A layer's weight is used by a function: the constant that it reads cannot be folded into the layer"
     class Borrowed(nn.Module):
@@ -187,7 +189,8 @@ def test_a_rule_that_breaks_pins_its_operation_and_nothing_else(broken, said):
     assert small.a.out_features < 8 and small.b.out_features == 8 and small.d.in_features < 8
 
 
-@pytest.mark.parametrize('name', ['conv2d', 'native_batch_norm_legit_no_training', 'getitem', 'prelu', 'view', 'linear', 'all'])
+@pytest.mark.parametrize('name', ['conv2d', 'native_batch_norm_legit_no_training', 'getitem', 'prelu', 'view', 'linear',
+                                  'all'])
 def test_each_rule_may_break(name):
     "Of a convolutional network; with all rules broken at once nothing can go, and nothing is wrong"
     with rules(**dict.fromkeys(RULES if name == 'all' else [name], raises)):
@@ -236,7 +239,8 @@ def test_a_network_made_in_inference_mode():
 
 
 def test_threads_do_not_hear_of_each_other(capsys):
-    "Three threads compact one network, a fourth prints, logs, warns and looks at its mode: nothing is lost or stays off"
+    """Three threads compact one network, a fourth prints, logs, warns and looks at its mode: nothing is lost or stays
+    off"""
     net, found, heard, stop, modes = rows().train(), [], [], threading.Event(), set()
     class Hear(logging.Handler):
         def emit(self, record): heard.append(record.getMessage())
@@ -309,7 +313,8 @@ def test_a_complex_network_is_compared_in_both_parts():
 
 @pytest.mark.parametrize('kind', ['weight', 'bias', 'layer'])
 def test_what_is_shared_stays_shared(kind):
-    "Two layers with one weight or one bias, or one layer at two places, stay as they are, and those before lose channels"
+    """Two layers with one weight or one bias, or one layer at two places, stay as they are, and those before lose
+    channels"""
     torch.manual_seed(0)
     net = nn.Sequential(*through(6, 12, 8), nn.ReLU(), *through(8, 8, 8), nn.ReLU(), nn.Linear(8, 3))
     if kind == 'layer': net[6] = net[4]
@@ -366,7 +371,8 @@ class Chaos(nn.Module):
 
 
 def test_a_network_that_magnifies_rounding():
-    "Its outputs differ by more than is allowed in its own precision, by nothing in double precision, and the report says so"
+    """Its outputs differ by more than is allowed in its own precision, by nothing in double precision, and the report
+    says so"""
     small, report = compact(Chaos(), ROW)
     assert small.net[0].out_features == 10 and report.gap < 1e-10 and 1e-5 < report.rounding < .1
     assert 'In double precision' in str(report)
@@ -374,7 +380,8 @@ def test_a_network_that_magnifies_rounding():
 
 @pytest.mark.parametrize('how', ['wrong', 'fixed'])
 def test_rounding_is_no_excuse_for_what_is_wrong(how):
-    "Wrong: the number of channels goes into the output. Fixed: one type of numbers is written into the code, so nothing can be known"
+    """Wrong: the number of channels goes into the output. Fixed: one type of numbers is written into the code, so
+    nothing can be known"""
     with pytest.raises(RuntimeError, match='outputs differ by'): compact(Chaos(**{how: True}), ROW)
 
 
@@ -403,7 +410,8 @@ def nan():
     (lambda: nn.LazyLinear(3), ROW, ValueError, 'weight has no values yet'),
     (lambda: rows().to('meta'), ROW, ValueError, '0.weight has no values yet'),
     (lambda: Quiet(3), ROW, ValueError, 'gives no tensors')],
-    ids=['dict', 'list', 'nothing', 'empty', 'no sample', 'wrong size', 'too many', 'nan', 'lazy', 'meta', 'no tensors'])
+    ids=['dict', 'list', 'nothing', 'empty', 'no sample', 'wrong size', 'too many', 'nan', 'lazy', 'meta',
+         'no tensors'])
 def test_refusals_say_what_was_given_and_what_to_do(make, x, kind, words):
     with pytest.raises(kind, match=words): compact(make(), x)
 
@@ -418,6 +426,8 @@ def test_a_network_that_is_not_followed_is_refused_without_a_page_of_graphs(capf
 
 # Networks of others
 
+# In the usual run the program that compacts whole families is not asked whether it works
+@pytest.mark.long
 def test_families_leave_a_record(tmp_path, capsys):
     "Two small families; a second run finds them done; a fault and a refusal are told apart"
     pytest.importorskip('timm')

@@ -1,4 +1,5 @@
-"Files and weights: one memory never gets two values, nothing is half loaded, what is no example is refused, and no default of PyTorch's leaks in."
+"""Files and weights: one memory never gets two values, nothing is half loaded, what is no example is refused, and no
+default of PyTorch's leaks in."""
 import copy, json, math
 
 import pytest, torch
@@ -7,12 +8,14 @@ from torch import nn
 
 from hyperflux.lab.checkpoint import checkpoints
 from hyperflux.lab.data import Data, Split
-from hyperflux.deploy.deploy import deploy
+from hyperflux.deploy.forms import deploy
 from hyperflux.study.results import load_run
-from hyperflux.deploy.files import export_onnx, load_sparse, save_sparse
+from hyperflux.deploy.onnx import export_onnx
+from hyperflux.deploy.loading import load_sparse
+from hyperflux.deploy.files import save_sparse
 from hyperflux.lab.weights import load_weights
 from hyperflux.lab.models import make_model
-from hyperflux.study.recipes import Config
+from hyperflux.study.config import Config
 from hyperflux.deploy.sparsify import sparsify
 from hyperflux.study.train import fit
 
@@ -25,12 +28,15 @@ class Net(nn.Module):
         if share == 'a parameter': self.out.weight = self.embed.weight
         if share == 'a module': self.out = self.embed
         if share == 'a view': self.out.weight = nn.Parameter(self.embed.weight.data.view(6, 4))
-        if share == 'a transpose': self.out = nn.Linear(6, 4, bias=False); self.out.weight = nn.Parameter(self.embed.weight.data.T)
-        if share == 'a part': self.out = nn.Linear(4, 2, bias=False); self.out.weight = nn.Parameter(self.embed.weight.data[2:4])
+        if share == 'a transpose':
+            self.out = nn.Linear(6, 4, bias=False); self.out.weight = nn.Parameter(self.embed.weight.data.T)
+        if share == 'a part':
+            self.out = nn.Linear(4, 2, bias=False); self.out.weight = nn.Parameter(self.embed.weight.data[2:4])
         if share == 'one flat vector':
             flat = torch.randn(6*4*2)
             self.embed.weight, self.out.weight = (nn.Parameter(v.view(6, 4)) for v in flat.split(24))
-        if share == 'a buffer': del self.out; self.out = nn.Module(); self.out.register_buffer('weight', self.embed.weight.data)
+        if share == 'a buffer':
+            del self.out; self.out = nn.Module(); self.out.register_buffer('weight', self.embed.weight.data)
 
 
 SHARED = ['a parameter', 'a module', 'a view', 'a transpose', 'a part', 'a buffer']
@@ -48,7 +54,8 @@ def source(kind, state, folder):
 
 def snapshot(net): return {k: v.clone() for k, v in net.state_dict().items()}
 def unchanged(net, before): return all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-def others(state): return {k: torch.randn(v.shape) for k, v in state.items()}                     # values of an untied network of the same names and shapes
+# values of an untied network of the same names and shapes
+def others(state): return {k: torch.randn(v.shape) for k, v in state.items()}
 
 
 @pytest.mark.parametrize('kind', ['dict', 'pt', 'safetensors', 'sparse'])
@@ -65,7 +72,8 @@ def test_two_values_for_one_memory(share, kind, tmp_path):
 @pytest.mark.parametrize('kind', ['dict', 'pt', 'safetensors', 'sparse'])
 @pytest.mark.parametrize('share', [*SHARED, 'one flat vector', 'nothing'])
 def test_equal_values_for_one_memory(share, kind, tmp_path):
-    "Files of tied networks, in which both names have a tensor of their own; and parts of one vector that do not overlap"
+    """Files of tied networks, in which both names have a tensor of their own; and parts of one vector that do not
+    overlap"""
     torch.manual_seed(0)
     giver, net = Net(share), Net(share)
     source(kind, {k: v.clone() for k, v in giver.state_dict().items()}, tmp_path)(net)
@@ -114,7 +122,8 @@ def test_an_expanded_tensor_cannot_be_filled_and_nothing_is(tmp_path):
 
 def images(n=256, side=4, classes=3):
     g = torch.Generator().manual_seed(0)
-    split = lambda n: Split(torch.randint(256, (n, 1, side, side), dtype=torch.uint8, generator=g), torch.randint(classes, (n,), generator=g))
+    split = lambda n: Split(torch.randint(256, (n, 1, side, side), dtype=torch.uint8, generator=g),
+                            torch.randint(classes, (n,), generator=g))
     return Data('mine', tuple('abc'[:classes]), split(n), split(64))
 
 
@@ -128,14 +137,17 @@ def autoencoder(n_classes, in_shape):
     return net
 
 
-TINY = Config(model=f'{__name__}:autoencoder', data='mine', dense_epochs=1, prune_epochs=2, regrow_epochs=1, batch_size=8, sparsity=.5)
+TINY = Config(model=f'{__name__}:autoencoder', data='mine', dense_epochs=1, prune_epochs=2, regrow_epochs=1,
+              batch_size=8, sparsity=.5)
 
 
 def test_a_run_of_a_tied_network_comes_back_from_its_folder(tmp_path):
     run = fit(TINY, tmp_path/'run', data=images(), progress=False)
     net, summary, shape = load_run(tmp_path/'run')
-    assert shape == (1, 4, 4) and summary['n_classes'] == 3 and summary['left'] == run.pruner.left == sum(int(p.count_nonzero()) for p in net.parameters() if p.ndim > 1)
-    assert net[3].weight is net[1].weight and all(torch.equal(a, b) for a, b in zip(net.parameters(), run.model.parameters()))
+    assert shape == (1, 4, 4) and summary['n_classes'] == 3
+    assert summary['left'] == run.pruner.left == sum(int(p.count_nonzero()) for p in net.parameters() if p.ndim > 1)
+    assert net[3].weight is net[1].weight
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), run.model.parameters()))
 
 
 def test_a_checkpoint_with_two_values_for_a_tied_matrix(tmp_path):
@@ -145,20 +157,26 @@ def test_a_checkpoint_with_two_values_for_a_tied_matrix(tmp_path):
     state = torch.load(path, weights_only=True)
     state['model']['3.weight'] = state['model']['3.weight'] + 1
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r'1\.weight and 3\.weight are one memory'): fit(TINY, tmp_path/'run', data=images(), resume=True, progress=False)
+    with pytest.raises(ValueError, match=r'1\.weight and 3\.weight are one memory'):
+        fit(TINY, tmp_path/'run', data=images(), resume=True, progress=False)
 
 
 # Examples
 
-NOTHING = dict(none=None, empty=(), tuple_of_none=(None,), no_samples=torch.zeros(0, 4), a_list=[1, 2], a_text='x', a_number=3, a_dict={})
+NOTHING = dict(none=None, empty=(), tuple_of_none=(None,), no_samples=torch.zeros(0, 4), a_list=[1, 2], a_text='x',
+               a_number=3, a_dict={})
 
 
-@pytest.mark.parametrize('do', [sparsify, deploy, lambda net, x: export_onnx(net, x, 'never.onnx')], ids=['sparsify', 'deploy', 'export_onnx'])
+@pytest.mark.parametrize('do', [sparsify, deploy, lambda net, x: export_onnx(net, x, 'never.onnx')],
+                         ids=['sparsify', 'deploy', 'export_onnx'])
 @pytest.mark.parametrize('what', NOTHING)
 def test_what_is_no_example(what, do, tmp_path, monkeypatch):
     "A ValueError that says what was given and what was expected; no file"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r'example is (an input of the model with at least one sample|a batch).* or a tuple of .*: got '): do(nn.Linear(4, 4), NOTHING[what])
+    with pytest.raises(ValueError,
+                       match=r'example is (an input of the model with at least one sample|a batch).* '
+                                         r'or a tuple of .*: got '):
+        do(nn.Linear(4, 4), NOTHING[what])
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +219,8 @@ def test_settings_are_anyones_numbers(number):
     "The same name, and the same JSON, as of Python's own"
     import numpy as np
     whole, real = (np.int64, np.float32) if number == 'numpy' else (torch.tensor, torch.tensor)
-    config = Config(batch_size=whole(64), prune_epochs=whole(3), sparsity=real(.5), seed=whole(2), warmup_epochs=real(1.5))
+    config = Config(batch_size=whole(64), prune_epochs=whole(3), sparsity=real(.5), seed=whole(2),
+                    warmup_epochs=real(1.5))
     usual = Config(batch_size=64, prune_epochs=3, sparsity=.5, seed=2, warmup_epochs=1.5)
     assert config == usual and config.name == usual.name and json.dumps(vars(config)) == json.dumps(vars(usual))
     with pytest.raises(ValueError, match='batch_size is a whole number'): Config(batch_size=real(64.5))
@@ -213,4 +232,5 @@ def test_a_model_is_left_as_it_was():
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout()).train(), torch.randn(2, 4)
     before, twin = snapshot(net), copy.deepcopy(net)
     sparsify(net, x)
-    assert net.training and unchanged(net, before) and all(p.requires_grad for p in net.parameters()) and str(net) == str(twin)
+    assert net.training and unchanged(net, before) and all(p.requires_grad for p in net.parameters())
+    assert str(net) == str(twin)

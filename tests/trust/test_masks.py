@@ -1,4 +1,5 @@
-"Kinds 3 and 4: others write weights after the step, or replace them. The zeros hold, or the report tells the truth, or there is an error."
+"""Kinds 3 and 4: others write weights after the step, or replace them. The zeros hold, or the report tells the truth,
+or there is an error."""
 import copy, re, warnings
 
 import pytest, torch
@@ -6,8 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune as torch_prune, weight_norm
 
 from hyperflux import Hyperflux
-from hyperflux.rivals.scores import GMP, IMP, Magnitude
-from .helpers import METHODS, loss, mlp, nnz, said, train
+from hyperflux.rivals.scores import GMP, Magnitude
+from hyperflux.rivals.imp import IMP
+from tests.helpers import METHODS, loss, mlp, nnz, said, train
 
 STEPS = 120
 kinds = pytest.mark.parametrize('kind', [Hyperflux, GMP])
@@ -39,7 +41,8 @@ def reported(p):
 @quiet
 @methods
 def test_report_counts_what_is_in_the_model(make):
-    "Noise on all weights after the last step: the report has all of them, says so, and apply_mask() brings the zeros back"
+    """Noise on all weights after the last step: the report has all of them, says so, and apply_mask() brings the zeros
+    back"""
     model = mlp()
     opt = sgd(model)
     p = make(model, opt, .9, STEPS)
@@ -84,7 +87,8 @@ def test_restored_in_mid_run(kind):
 @quiet
 @pytest.mark.parametrize('how', ['data', 'no_grad'])
 def test_clipping_reaches_hidden_weights(how):
-    "Weights are clipped after each step, as in a WGAN: what a gate hides is clipped, too, so that nothing large comes back"
+    """Weights are clipped after each step, as in a WGAN: what a gate hides is clipped, too, so that nothing large comes
+    back"""
     model, opt, p = pruned(Hyperflux, lr=.5, sparsity=.5)
     def clip(i):
         with torch.no_grad():
@@ -96,7 +100,8 @@ def test_clipping_reaches_hidden_weights(how):
 @quiet
 @methods
 def test_second_optimizer_on_a_shared_trunk(make):
-    "Another loss trains the first layer by an optimiser of its own, with momentum: the zeros hold after each of its steps"
+    """Another loss trains the first layer by an optimiser of its own, with momentum: the zeros hold after each of its
+    steps"""
     model = mlp()
     opt, other = sgd(model, .05), torch.optim.SGD(model[0].parameters(), lr=.05, momentum=.9, weight_decay=.01)
     p = make(model, opt, .9, STEPS)
@@ -126,7 +131,8 @@ def test_lottery_tickets_beside_another_pruner():
     for first in True, False:
         model = mlp()
         opt = sgd(model)
-        make = [lambda: IMP(model, opt, sparsity=.8, steps=60, levels=3, targets='2'), lambda: Magnitude(model, opt, sparsity=.9, steps=60, targets='0')]
+        make = [lambda: IMP(model, opt, sparsity=.8, steps=60, levels=3, targets='2'), lambda: Magnitude(model, opt,
+            sparsity=.9, steps=60, targets='0')]
         pruners = [m() for m in (make if first else make[::-1])]
         for _ in range(60):
             train(model, opt, 1)
@@ -167,14 +173,17 @@ def reinitialised(model, opt): model[0].weight = nn.Parameter(torch.randn(32, 20
 
 @quiet
 @pytest.mark.parametrize('kind, when', [(Hyperflux, 37), (Hyperflux, 119), (GMP, 0), (GMP, 70)])
-@pytest.mark.parametrize('how', [head, head_in_optimizer, assign, assign_in_optimizer, converted, parametrised, orthogonal, normed, masked_by_torch, reinitialised],
+@pytest.mark.parametrize('how', [head, head_in_optimizer, assign, assign_in_optimizer, converted, parametrised,
+                                 orthogonal, normed, masked_by_torch, reinitialised],
                          ids=lambda f: f.__name__)
 def test_replaced(kind, when, how):
-    "The same clear error at any step, which blames nothing that did not happen; then each further step says it again, and detach() ends it"
+    """The same clear error at any step, which blames nothing that did not happen; then each further step says it again,
+    and detach() ends it"""
     model, opt, p = pruned(kind)
     train(model, opt, when)
     how(model, opt)
-    with pytest.raises(RuntimeError, match="weight is no longer the model's: .* after the pruner was made") as e: train(model, opt, STEPS - when)
+    with pytest.raises(RuntimeError, match="weight is no longer the model's: .* after the pruner was made") as e:
+        train(model, opt, STEPS - when)
     assert 'fully_shard' not in str(e.value)
     with pytest.raises(RuntimeError, match="no longer the model's"): train(model, opt, 1)
     assert isinstance(repr(p), str) and isinstance(str(p), str)

@@ -5,10 +5,12 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
-from .helpers import METHODS, negative_zeros, nnz, said, x, y
+from tests.helpers import METHODS, negative_zeros, nnz, said, x, y
 
 make = dict(METHODS)
-METHOD = st.sampled_from(['Hyperflux']*3 + ['GMP', 'Taylor', 'IMP', 'RigL', 'Random', 'Magnitude', 'LayerMagnitude'] + ['L0'])      # L0 needs most steps
+# L0 needs most steps
+METHOD = st.sampled_from(['Hyperflux']*3 + ['GMP', 'Taylor', 'IMP', 'RigL', 'Random', 'Magnitude', 'LayerMagnitude']
+                         + ['L0'])
 
 
 class Recurrent(nn.Module):
@@ -22,7 +24,8 @@ class Tied(nn.Module):
     "One matrix in two layers, and one layer used twice"
     def __init__(self, width):
         super().__init__()
-        self.first, self.a, self.b, self.head = nn.Linear(20, width), nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)
+        self.first, self.a, self.b, self.head = nn.Linear(20, width), nn.Linear(width, width), nn.Linear(width,
+            width), nn.Linear(width, 4)
         self.b.weight = self.a.weight
     def forward(self, x): return self.head(self.b(self.a(self.a(self.first(x).relu()).relu())))
 
@@ -30,24 +33,31 @@ class Tied(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.up, self.body, self.head = nn.Linear(4, width), nn.MultiheadAttention(width, 1, batch_first=True), nn.Linear(width, 4)
+        self.up, self.body, self.head = nn.Linear(4, width), nn.MultiheadAttention(width, 1,
+            batch_first=True), nn.Linear(width, 4)
     def forward(self, x):
         h = self.up(x.view(-1, 5, 4))
         return self.head(self.body(h, h, h)[0].mean(1))
 
 
 NETS = dict(mlp=lambda w: nn.Sequential(nn.Linear(20, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 4)),
-            conv=lambda w: nn.Sequential(nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, w, 3, padding=1), nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, w, 3, groups=w), nn.Flatten(), nn.Linear(6*w, 4)),
+            conv=lambda w: nn.Sequential(nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, w, 3, padding=1), nn.BatchNorm2d(w),
+                                         nn.ReLU(), nn.Conv2d(w, w, 3, groups=w), nn.Flatten(), nn.Linear(6*w, 4)),
             lstm=lambda w: Recurrent(nn.LSTM, w), gru=lambda w: Recurrent(nn.GRU, w), tied=Tied, attention=Attention,
-            norms=lambda w: nn.Sequential(nn.Linear(20, w), nn.LayerNorm(w), nn.GELU(), nn.Linear(w, w), nn.BatchNorm1d(w), nn.GroupNorm(1, w), nn.Linear(w, 4)))
-OPTIMIZERS = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=.1, momentum=.9, weight_decay=1e-3), Adam=lambda ps: torch.optim.Adam(ps, lr=.01), AdamW=lambda ps: torch.optim.AdamW(ps, lr=.01, weight_decay=.1),
-                  RMSprop=lambda ps: torch.optim.RMSprop(ps, lr=.003, momentum=.9), Adagrad=lambda ps: torch.optim.Adagrad(ps, lr=.03), NAdam=lambda ps: torch.optim.NAdam(ps, lr=.01),
+            norms=lambda w: nn.Sequential(nn.Linear(20, w), nn.LayerNorm(w), nn.GELU(), nn.Linear(w, w),
+                                          nn.BatchNorm1d(w), nn.GroupNorm(1, w), nn.Linear(w, 4)))
+OPTIMIZERS = dict(SGD=lambda ps: torch.optim.SGD(ps, lr=.1, momentum=.9, weight_decay=1e-3),
+                  Adam=lambda ps: torch.optim.Adam(ps, lr=.01), AdamW=lambda ps: torch.optim.AdamW(ps, lr=.01,
+    weight_decay=.1),
+                  RMSprop=lambda ps: torch.optim.RMSprop(ps, lr=.003, momentum=.9),
+                  Adagrad=lambda ps: torch.optim.Adagrad(ps, lr=.03), NAdam=lambda ps: torch.optim.NAdam(ps, lr=.01),
                   ASGD=lambda ps: torch.optim.ASGD(ps, lr=.1), Rprop=lambda ps: torch.optim.Rprop(ps, lr=.01))
 try:
     from timm.optim import Lookahead
     OPTIMIZERS['Lookahead'] = lambda ps: Lookahead(torch.optim.SGD(ps, lr=.1, momentum=.9), k=3)
 except ImportError: pass
-INTERRUPTIONS = ['saved and loaded', 'written', 'written through .data', 'negated', 'zeroed', 'an earlier checkpoint', 'frozen', 'no gradient', 'nothing has a gradient', 'a group more', 'looked at', 'masked']
+INTERRUPTIONS = ['saved and loaded', 'written', 'written through .data', 'negated', 'zeroed', 'an earlier checkpoint',
+                 'frozen', 'no gradient', 'nothing has a gradient', 'a group more', 'looked at', 'masked']
 
 
 class Run:
@@ -84,7 +94,8 @@ class Run:
             p.detach()
             self.frozen = 0
             with torch.enable_grad(): self.begin()
-            for o, state in zip((self.model, self.opt, self.pruner), torch.load(file, weights_only=True)): o.load_state_dict(state)
+            for o, state in zip((self.model, self.opt, self.pruner), torch.load(file, weights_only=True)):
+                o.load_state_dict(state)
             assert self.pruner.step == i
             self.check()
         elif what == 'written': self.first.add_(.01)
@@ -108,11 +119,14 @@ class Run:
         p, in_model = self.pruner, dict(self.model.named_parameters())
         weights = [in_model[n] for n in p.names]
         rows = p.layers()
-        assert nnz(weights) == p.left == sum(r['left'] for r in rows[:-1]) == rows[-1]['left'] and p.density == p.left/p.d
+        assert nnz(weights) == p.left == sum(r['left'] for r in rows[:-1]) == rows[-1]['left']
+        assert p.density == p.left/p.d
         assert [nnz([w]) for w in weights] == [r['left'] for r in rows[:-1]]
         assert negative_zeros(weights) == 0
-        if self.method == 'L0' and p.step < p.end: return                       # its gates are drawn anew each step, and its mask is what they are without noise
-        for w, m in zip(weights, p.mask.split([w.numel() for w in weights])): assert not (w.flatten() != 0)[m == 0].any()
+        # its gates are drawn anew each step, and its mask is what they are without noise
+        if self.method == 'L0' and p.step < p.end: return
+        for w, m in zip(weights, p.mask.split([w.numel() for w in weights])):
+            assert not (w.flatten() != 0)[m == 0].any()
         assert 'absent' not in p.differs()
 
 
@@ -120,14 +134,18 @@ def traces(o): # Methods and hooks of its own, of which an optimiser that nobody
     return [k for k, v in vars(o).items() if callable(v) or k.endswith('_hooks') and v]
 
 
-CASE = dict(net=st.sampled_from(list(NETS)), width=st.integers(2, 6), method=METHOD, optimizer=st.sampled_from(list(OPTIMIZERS)), sparsity=st.sampled_from([0., .3, .5, .8, .9, .95]), steps=st.integers(16, 40))
+CASE = dict(net=st.sampled_from(list(NETS)), width=st.integers(2, 6), method=METHOD,
+            optimizer=st.sampled_from(list(OPTIMIZERS)), sparsity=st.sampled_from([0., .3, .5, .8, .9, .95]),
+            steps=st.integers(16, 40))
 how = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(max_examples=50, **how)
-@given(**CASE, interruptions=st.lists(st.tuples(st.floats(0, .999, allow_subnormal=False), st.sampled_from(INTERRUPTIONS)), max_size=5))
+@given(**CASE, interruptions=st.lists(st.tuples(st.floats(0, .999, allow_subnormal=False),
+                                                st.sampled_from(INTERRUPTIONS)), max_size=5))
 def test_at_every_step(interruptions, **case):
-    "The report is what is in the model, nothing is there that the mask has not, absent weights are +0; at the end exactly the target is present, and detach leaves nothing behind"
+    """The report is what is in the model, nothing is there that the mask has not, absent weights are +0; at the end
+    exactly the target is present, and detach leaves nothing behind"""
     run = Run(**case)
 
     def loop():
@@ -148,7 +166,8 @@ def test_at_every_step(interruptions, **case):
 @settings(max_examples=20, **how)
 @given(**CASE, at=st.lists(st.floats(0, .999, allow_subnormal=False), min_size=1, max_size=3))
 def test_saved_and_loaded_at_any_step(at, **case):
-    "A run in several parts, each with new objects and a state from a file, ends bit for bit where one in a single part ends"
+    """A run in several parts, each with new objects and a state from a file, ends bit for bit where one in a single
+    part ends"""
     ends = []
     for stops in (), at:
         run = Run(**case)
