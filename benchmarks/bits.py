@@ -1,7 +1,9 @@
 """Do two versions of the package train the same network, to the bit?  python -m benchmarks.bits BEFORE [AFTER]
 
-BEFORE and AFTER are folders that hold a package `hyperflux` (two checkouts). Each run of the main command is made with both, from its start
-to its end; it is also stopped in the middle and gone on with, by the version that began it and by the other one. Weights and
+BEFORE and AFTER are folders that hold a package `hyperflux` (two checkouts). Each run of the main command is made
+with both, from its start
+to its end; it is also stopped in the middle and gone on with, by the version that began it and by the other one.
+Weights and
 history are then compared as they lie in the files. What is finished in --out is not made again."""
 import argparse, csv, hashlib, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 from hyperflux.helpers import format_table
 from safetensors import safe_open
 
-RUNS = dict(default=[], lenet5=['--model', 'lenet5'], l0=['--method', 'l0'], rigl=['--method', 'rigl'], imp=['--method', 'imp'],
+RUNS = dict(default=[], lenet5=['--model', 'lenet5'], l0=['--method', 'l0'], rigl=['--method', 'rigl'],
+            imp=['--method', 'imp'],
             authors=['--method', 'authors', '--epochs', '20'])
 ALWAYS = ['--seed', '3', '--quiet', '--device', 'cpu', '--threads', '1']
 
@@ -74,12 +77,14 @@ def compare(run, before, after, out):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('before', type=Path, help='folder that holds the package as it was')
-    p.add_argument('after', type=Path, nargs='?', default=Path(__file__).parents[1], help='as it is; default: this checkout')
+    p.add_argument('after', type=Path, nargs='?', default=Path(__file__).parents[1],
+                   help='as it is; default: this checkout')
     p.add_argument('--out', type=Path, default=Path('runs/bits'), help='folder of the runs')
     p.add_argument('--runs', default=','.join(RUNS), help='which, separated by commas')
     a = p.parse_args()
     table = [compare(run, a.before.resolve(), a.after.resolve(), a.out.resolve()) for run in a.runs.split(',')]
-    print(format_table(['run', 'weights before', 'weights after', 'weights, also gone on with', 'history'], table, left=5))
+    print(format_table(['run', 'weights before', 'weights after', 'weights, also gone on with', 'history'], table,
+                       left=5))
     if any('differ' in x for row in table for x in row): sys.exit(1)
 
 

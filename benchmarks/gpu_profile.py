@@ -19,7 +19,9 @@ def kernels(work, device):
         wait()
     found = {}
     for e in prof.key_averages():
-        if (e.device_type == torch.autograd.DeviceType.CUDA) != cuda or getattr(e, 'is_user_annotation', False): continue      # it covers kernels that count themselves
+        # it covers kernels that count themselves
+        if (e.device_type == torch.autograd.DeviceType.CUDA) != cuda or getattr(e, 'is_user_annotation', False):
+            continue
         us = e.self_device_time_total if cuda else e.self_cpu_time_total
         if us > 0: found[e.key] = tuple(a + b for a, b in zip(found.get(e.key, (0, 0.)), (e.count, us)))
     return out, found
@@ -28,7 +30,7 @@ def kernels(work, device):
 def hooks(step, pruner, batch, device, n, top):
     "The longest kernels before (pre) and after (post) the optimiser's own, of `n` steps: name, calls a step, microseconds a step"
     found = dict(pre=[], post=[])
-    pruner.detach()                                                     # the optimiser holds the hooks themselves, so they are handed over anew
+    pruner.detach()                             # the optimiser holds the hooks themselves, so they are handed over anew
     for k, runs in found.items():
         def traced(*args, inner=getattr(pruner, '_' + k), runs=runs):
             out, these = kernels(lambda: inner(*args), device)
@@ -36,10 +38,11 @@ def hooks(step, pruner, batch, device, n, top):
             return out
         setattr(pruner, '_' + k, traced)
     pruner.attach()
-    for _ in range(n + 1): step(*batch())                               # in the first, the pruner looks at weights that it has not seen
+    for _ in range(n + 1): step(*batch())               # in the first, the pruner looks at weights that it has not seen
     def longest(runs):
         total = {k: [sum(r[k][i] for r in runs[1:] if k in r)/n for i in (0, 1)] for r in runs[1:] for k in r}
-        return [dict(name=k[:200], calls=c, us=round(us, 2)) for k, (c, us) in sorted(total.items(), key=lambda o: -o[1][1])[:top]]
+        return [dict(name=k[:200], calls=c, us=round(us, 2)) for k,
+                (c, us) in sorted(total.items(), key=lambda o: -o[1][1])[:top]]
     return {f'{k}_kernels': longest(runs) for k, runs in found.items()}
 
 
@@ -63,4 +66,5 @@ def profile(step, pruner, batch, device, n, warmup, top=12):
     if pruner is None: return row
     row |= hooks(step, pruner, batch, device, n, top)
     parts = parts_of(step, pruner, batch, device, max(n, 5), 1)
-    return row | shares(parts) | dict(pre_host=parts['_pre_host'], post_host=parts['_post_host'], look=look(pruner, device))
+    return row | shares(parts) | dict(pre_host=parts['_pre_host'], post_host=parts['_post_host'],
+                                      look=look(pruner, device))

@@ -1,9 +1,14 @@
-"""One epoch of shifted, flipped, normalised batches: the loader on the device against torchvision's transforms in worker processes.
+"""One epoch of shifted, flipped, normalised batches: the loader on the device against torchvision's transforms in
+worker processes.
 
-50,000 random images of CIFAR's size in batches of 128; border of four pixels. Three ways, in turns of random order within each round:
-the device-side loader on one thread of the main process; torchvision's v2 functions, image by image, in a DataLoader with two workers, with the very draws
-of the first way (their batches are compared before anything is timed); and torchvision's v2 random transforms, as one would write them, in the same DataLoader.
-The workers are started before, and stay. A ratio is the median, over rounds, of the way's time over the device loader's in the same round. Goal: 3.
+50,000 random images of CIFAR's size in batches of 128; border of four pixels. Three ways, in turns of random order
+within each round:
+the device-side loader on one thread of the main process; torchvision's v2 functions, image by image, in a
+DataLoader with two workers, with the very draws
+of the first way (their batches are compared before anything is timed); and torchvision's v2 random transforms, as
+one would write them, in the same DataLoader.
+The workers are started before, and stay. A ratio is the median, over rounds, of the way's time over the device
+loader's in the same round. Goal: 3.
 Besides, the crop alone, of one batch, written in several ways.
 """
 import argparse, random, sys, time
@@ -22,7 +27,8 @@ from .common import interleave, provenance, ratios, spelled, stats, table, write
 MEAN, STD, BORDER, WORKERS, GOAL = (.4914, .4822, .4465), (.2470, .2435, .2616), 4, 2, 3.
 WAYS = dict(device='device loader, 1 thread', functions=f'torchvision functions, same draws, {WORKERS} workers',
             transforms=f'torchvision transforms, {WORKERS} workers')
-CROPS = dict(gather='one gather of addresses', unfold='unfolded view, indexed', index='indices of all pixels', slices='a slice for each image')
+CROPS = dict(gather='one gather of addresses', unfold='unfolded view, indexed', index='indices of all pixels',
+             slices='a slice for each image')
 
 
 def made_up(n):
@@ -48,7 +54,8 @@ class Transforms(Dataset):
     "Key: an example; the draws are torchvision's own"
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
-        self.transform = v2.Compose([v2.RandomCrop(32, padding=BORDER), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        self.transform = v2.Compose([v2.RandomCrop(32, padding=BORDER), v2.RandomHorizontalFlip(),
+                                     v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
     def __getitem__(self, key): return self.transform(self.images[key]), self.labels[key]
 
@@ -59,7 +66,8 @@ class Keys:
 
     def __iter__(self):
         order = epoch_order(self.n, self.epoch)
-        keys = order if self.augment is None else torch.cat([order[:, None], self.augment.draw(self.n, self.epoch)[order, :3]], 1)
+        keys = order if self.augment is None else torch.cat([order[:, None],
+                                                             self.augment.draw(self.n, self.epoch)[order, :3]], 1)
         return (k.tolist() for k in keys.split(self.batch))
 
 
@@ -80,7 +88,8 @@ def passes(n, batch):
 def measure(n, batch, rounds):
     "One row for each way"
     ways = passes(n, batch)
-    for (x, y), (u, v) in zip(ways['device'](0), ways['functions'](0), strict=True):          # the same pictures, and everybody warm
+    # the same pictures, and everybody warm
+    for (x, y), (u, v) in zip(ways['device'](0), ways['functions'](0), strict=True):
         torch.testing.assert_close(x, u, rtol=0, atol=1e-5)
         assert torch.equal(y, v)
     for _ in ways['transforms'](0): pass
@@ -92,7 +101,8 @@ def measure(n, batch, rounds):
             seen = sum(len(y) for _, y in ways[k](epoch))
             times[k].append([time.perf_counter() - start])
             assert seen == n
-    return [dict(way=k, unit='s', **stats([t for t, in ts]), images_per_second=round(n/stats([t for t, in ts])['median']),
+    return [dict(way=k, unit='s', **stats([t for t, in ts]), images_per_second=round(n/stats([t for t,
+                                                                                              in ts])['median']),
                  ratio=ratios(ts, times['device']), goal=None if k == 'device' else GOAL) for k, ts in times.items()]
 
 
@@ -110,13 +120,16 @@ def crop_ways():
 
     def index(x, dy, dx, flip):
         n, c, h, w = x.shape
-        rows, cols = dy[:, None] + torch.arange(h), dx[:, None] + torch.where(flip[:, None] > 0, w - 1 - torch.arange(w), torch.arange(w))
-        return F.pad(x, (p,)*4)[torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None], rows[:, None, :, None], cols[:, None, None]]
+        rows, cols = dy[:, None] + torch.arange(h), dx[:, None] + torch.where(flip[:, None] > 0,
+                                                                              w - 1 - torch.arange(w), torch.arange(w))
+        return F.pad(x, (p,)*4)[torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None],
+                                rows[:, None, :, None], cols[:, None, None]]
 
     def slices(x, dy, dx, flip):
         n, _, h, w = x.shape
         bordered = F.pad(x, (p,)*4)
-        return mirrored(torch.stack([o[:, a:a + h, b:b + w] for o, a, b in zip(bordered, dy.tolist(), dx.tolist())]), flip)
+        return mirrored(torch.stack([o[:, a:a + h, b:b + w] for o, a, b in zip(bordered, dy.tolist(), dx.tolist())]),
+                        flip)
     return dict(gather=lambda x, *draws: crop_flip(x, p, *draws), unfold=unfold, index=index, slices=slices)
 
 
@@ -131,33 +144,40 @@ def measure_crops(batch, rounds, burst):
     one = some()
     for k, way in ways.items(): assert torch.equal(way(*one), ways['gather'](*one)), k
     times = interleave(ways, some, torch.device('cpu'), rounds, burst, 5)
-    return [dict(way=k, unit='ms', **stats([t for r in ts for t in r]), ratio=ratios(ts, times['gather'])) for k, ts in times.items()]
+    return [dict(way=k, unit='ms', **stats([t for r in ts for t in r]), ratio=ratios(ts, times['gather'])) for k,
+            ts in times.items()]
 
 
 # The command
 
 def table_of(rows, names, unit):
-    cells = [(names[r['way']], f"{r['median']:.3f}", f"{r['q1']:.3f}–{r['q3']:.3f}", f"{r['ratio']['median']:.2f}", f"{r['ratio']['q1']:.2f}–{r['ratio']['q3']:.2f}",
+    cells = [(names[r['way']], f"{r['median']:.3f}", f"{r['q1']:.3f}–{r['q3']:.3f}", f"{r['ratio']['median']:.2f}",
+              f"{r['ratio']['q1']:.2f}–{r['ratio']['q3']:.2f}",
               '–' if r.get('goal') is None else f"{r['goal']:.0f}") for r in rows]
     return table(('way', f'median {unit}', 'IQR', '× first', 'IQR', 'goal'), cells, left=1)
 
 
 def main(argv=None):
     "Runs what the arguments ask for, prints it, and returns the record"
-    p = argparse.ArgumentParser(prog='python -m benchmarks.loader', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--smoke', action='store_true', help='a thousand images, two rounds: checks that everything runs, measures nothing')
+    p = argparse.ArgumentParser(prog='python -m benchmarks.loader', description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--smoke', action='store_true', help='a thousand images, two rounds: checks that everything runs, '
+                                                        'measures nothing')
     p.add_argument('--rounds', type=int, help='epochs of every way (default: 7)')
     p.add_argument('--out', metavar='FILE.json', help='write a record')
     args = p.parse_args(argv)
     if args.rounds is not None and args.rounds < 1: p.error(f"--rounds is a whole number above 0: got {args.rounds}")
     torch.set_num_threads(1)
     n, batch, rounds = 1000 if args.smoke else 50_000, 128, args.rounds or (2 if args.smoke else 7)
-    record = dict(benchmark='loader', **provenance(spelled('python -m benchmarks.loader', sys.argv[1:] if argv is None else argv)),
+    record = dict(benchmark='loader', **provenance(spelled('python -m benchmarks.loader',
+                                                           sys.argv[1:] if argv is None else argv)),
                   smoke=args.smoke, images=n, batch_size=batch, workers=WORKERS, goal=GOAL)
     h = record['hardware']
-    print(f"{h['cpu']}, {h['cores']} cores, load {h['load_before']}; torch {record['torch']}; commit {(record['commit'] or 'unknown')[:10]}; "
+    print(f"{h['cpu']}, {h['cores']} cores, load {h['load_before']}; torch {record['torch']}; commit "
+          f"{(record['commit'] or 'unknown')[:10]}; "
           f"an epoch of {n:,} images, {rounds} rounds", flush=True)
-    if (h['load_before'] or 0) > 1 and not args.smoke: print("others are using this machine (load above 1): look at the ratios only")
+    if (h['load_before'] or 0) > 1 and not args.smoke:
+        print("others are using this machine (load above 1): look at the ratios only")
     record['rows'] = measure(n, batch, rounds)
     print(table_of(record['rows'], WAYS, 's'), flush=True)
     record['crops'] = measure_crops(batch, 3 if args.smoke else 40, 2 if args.smoke else 10)

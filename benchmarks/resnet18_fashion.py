@@ -19,12 +19,13 @@ from hyperflux.study.train import fit
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--threads', type=int, default=torch.get_num_threads())
-    ap.add_argument('--epochs', type=int, nargs=3, metavar=('DENSE', 'PRUNE', 'REGROW'), help="in place of the recipe's")
+    ap.add_argument('--epochs', type=int, nargs=3, metavar=('DENSE', 'PRUNE', 'REGROW'),
+                    help="in place of the recipe's")
     ap.add_argument('--runs', default='runs/resnet18_fashion', help='where the run is kept')
     ap.add_argument('--out', default='nbs/results/resnet18_fashion.json')
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
-    origin = provenance('python -m benchmarks.resnet18_fashion')                # now: the commit that runs, not the one at the end
+    origin = provenance('python -m benchmarks.resnet18_fashion')     # now: the commit that runs, not the one at the end
     config = recipe('resnet18-quick', **dict(zip(('dense_epochs', 'prune_epochs', 'regrow_epochs'), a.epochs or ())))
     folder = Path(a.runs)
     first = folder/'origin.json'                                                # a resumed run says where it began
@@ -32,7 +33,8 @@ def main():
     else: write_json(origin, first)
     run = fit(config, folder, resume=bool(checkpoints(folder)), progress=True, save_steps=20)
     s = json.loads((folder/'summary.json').read_text())
-    write_json(dict(origin, n=1, images='fashion-small: 10,000 to train on, 2,000 to test', **{k: v for k, v in s.items() if k != 'layers'}, layers=s['layers'], history=run.history), a.out)
+    write_json(dict(origin, n=1, images='fashion-small: 10,000 to train on, 2,000 to test',
+                    **{k: v for k, v in s.items() if k != 'layers'}, layers=s['layers'], history=run.history), a.out)
     print(run)
 
 

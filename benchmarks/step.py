@@ -1,9 +1,13 @@
 """Step time and peak memory: dense training, Hyperflux eager and compiled, gates in the graph, and fixed masks.
 
-All ways train the same network on the same random batches in one run, in short turns of random order, so that drift hits all alike.
-A ratio is the median, over rounds, of the way's median step over the dense one's in the same round. Memory is the most that ten steps use above
-what was in use before the network was made: on the CPU the resident memory of a process for each way (libraries and compiler loaded beforehand),
-on CUDA the allocator's count. --against FOLDER has the Hyperflux of another checkout take part, before a change, say. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
+All ways train the same network on the same random batches in one run, in short turns of random order, so that drift
+hits all alike.
+A ratio is the median, over rounds, of the way's median step over the dense one's in the same round. Memory is the
+most that ten steps use above
+what was in use before the network was made: on the CPU the resident memory of a process for each way (libraries and
+compiler loaded beforehand),
+on CUDA the allocator's count. --against FOLDER has the Hyperflux of another checkout take part, before a change,
+say. Goals, eager and compiled, on two CPU cores: LeNet-300-100 1.6 and 1.25, ResNet-18 1.15 (eager).
 """
 import argparse, contextlib, importlib, statistics, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +26,8 @@ from hyperflux import Hyperflux, Settings, prunable
 from .common import fresh_process, interleave, peak, provenance, ratios, stats, table, write_json
 
 STEPS, SPARSITY = 100_000, .98          # the announced length keeps every measured step in the pruning stage
-WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph', 'masks': 'torch.nn.utils.prune',
+WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph',
+        'masks': 'torch.nn.utils.prune',
         'other': 'Hyperflux eager, other checkout'}
 GOALS = {('lenet300', 'eager'): 1.6, ('lenet300', 'compiled'): 1.25, ('resnet18', 'eager'): 1.15}
 
@@ -55,7 +60,8 @@ def other_hyperflux(folder):
         sys.path.pop(0)
         for k in [k for k in sys.modules if k.partition('.')[0] == 'hyperflux']: del sys.modules[k]
         sys.modules.update(own)
-    if Path(found.__file__).parents[1] != Path(folder).resolve(): raise ValueError(f"{folder} holds no checkout of hyperflux: give the folder in which hyperflux/ and nbs/ lie")
+    if Path(found.__file__).parents[1] != Path(folder).resolve():
+        raise ValueError(f"{folder} holds no checkout of hyperflux: give the folder in which hyperflux/ and nbs/ lie")
     return found.Hyperflux
 
 
@@ -63,7 +69,8 @@ def batches(model, device):
     "Makes random images and labels, fresh ones each time: a network that knows its batch by heart computes with denormal numbers"
     _, n, shape, *_ = MODELS[model]
     g = torch.Generator(device).manual_seed(0)
-    return lambda: (torch.randn(n, *shape, device=device, generator=g), torch.randint(10, (n,), device=device, generator=g))
+    return lambda: (torch.randn(n, *shape, device=device, generator=g),
+                    torch.randint(10, (n,), device=device, generator=g))
 
 
 def mask_at_random(net):
@@ -85,7 +92,8 @@ def make(model, way, device, against=None):
     opt, pruner = optimizer(net.parameters()), None
     step = lambda x, y: plain_step(net, opt, x, y)
     if way == 'other': pruner = against(net, opt, sparsity=SPARSITY, steps=STEPS)
-    if way in ('eager', 'compiled'): pruner = Hyperflux(net, opt, sparsity=SPARSITY, steps=STEPS, compile=way == 'compiled')
+    if way in ('eager', 'compiled'):
+        pruner = Hyperflux(net, opt, sparsity=SPARSITY, steps=STEPS, compile=way == 'compiled')
     if way == 'graph': step = gated_step(net, opt, device)
     return step, pruner
 
@@ -102,9 +110,11 @@ def gated_step(net, opt, device, weights=None, steps=STEPS, context=contextlib.n
     S, weights = Settings(), weights or prunable(net)
     d = sum(p.numel() for p in weights.values())
     starts = initial_presence(d, S.low, S.high).split([p.numel() for p in weights.values()])
-    laid_out = lambda t, p: torch.empty_like(p, device='cpu', requires_grad=False).copy_(t.view_as(p))      # in memory as the weight is
+    # in memory as the weight is
+    laid_out = lambda t, p: torch.empty_like(p, device='cpu', requires_grad=False).copy_(t.view_as(p))
     gated = Gated(net, {n: laid_out(t, p) for (n, p), t in zip(weights.items(), starts)}, S.slope).to(device)
-    gates = torch.optim.Adam(gated.gates.parameters(), lr=presence_lr(round(S.prune*steps), S.travel, S.high), eps=1e-8/d, fused=True)
+    gates = torch.optim.Adam(gated.gates.parameters(), lr=presence_lr(round(S.prune*steps), S.travel, S.high),
+                             eps=1e-8/d, fused=True)
     gamma = S.controller().first
     def step(x, y):
         opt.zero_grad(); gates.zero_grad()
@@ -124,7 +134,7 @@ def memory(model, way, device, threads, n):
         step, _ = make(model, way, device)
         batch = batches(model, device)
         return lambda: step(*batch())
-    run()()                                                             # libraries and the compiler, loaded when first used, are no part of the answer
+    run()()                              # libraries and the compiler, loaded when first used, are no part of the answer
     return peak(run, device, n)
 
 
@@ -133,8 +143,9 @@ def all_memory(model, ways, device, n):
     args = [(model, w, device.type, torch.get_num_threads(), n) for w in ways]
     if device.type != 'cpu': return {a[1]: memory(*a) for a in args}
     found = {}
-    for a in args:                                                      # a pool each: a process that has worked is not fresh
-        with ProcessPoolExecutor(1, mp_context=fresh_process(['hyperflux', 'torchvision'])) as pool: found[a[1]] = pool.submit(memory, *a).result()
+    for a in args:                                                 # a pool each: a process that has worked is not fresh
+        with ProcessPoolExecutor(1, mp_context=fresh_process(['hyperflux', 'torchvision'])) as pool:
+            found[a[1]] = pool.submit(memory, *a).result()
     return found
 
 
@@ -154,9 +165,11 @@ def measure(model, device, rounds, burst, warmup, memory_steps, against=None):
     rows = []
     for way in steps:
         more = None if taken[way] is None else (taken[way] - taken['dense'])/1e6
-        rows.append(dict(model=model, device=device.type, way=way, unit='ms', **stats(sum(times[way], [])), ratio=ratios(times[way], times['dense']),
+        rows.append(dict(model=model, device=device.type, way=way, unit='ms', **stats(sum(times[way], [])),
+                         ratio=ratios(times[way], times['dense']),
                          against=ratios(times[way], times['other']) if against and way == 'eager' else None,
-                         memory_mb=taken[way] and taken[way]/1e6, memory_above_dense_mb=more, goal=GOALS.get((model, way)) if device.type == 'cpu' else None))
+                         memory_mb=taken[way] and taken[way]/1e6, memory_above_dense_mb=more,
+                         goal=GOALS.get((model, way)) if device.type == 'cpu' else None))
     return rows, [dict(model=model, device=device.type, way=w, error=e) for w, e in failed.items()]
 
 
@@ -176,7 +189,7 @@ def parts_of(step, pruner, batch, device, n, warmup):
             return out
         setattr(owner, name, f)
     if pruner:
-        pruner.detach()                                                 # the optimiser holds the hooks themselves, so they are handed over anew
+        pruner.detach()                         # the optimiser holds the hooks themselves, so they are handed over anew
         for name in ('_pre', '_post', 'before_step', 'after_step', 'move'): timed(pruner, name)
         pruner.attach()
         timed(pruner.optimizer, 'step')
@@ -197,7 +210,8 @@ def profile(model, way, device, n, warmup):
 def shares(m):
     "What `parts_of` found, as parts that add up"
     return dict(total=m['total'], forward_backward=m['total'] - m['step'],
-                optimiser=m['step'] - m['_pre'] - m['_post'], pre_hook=m['_pre'], post_hook=m['_post'], of_pre_before=m['before_step'],
+                optimiser=m['step'] - m['_pre'] - m['_post'], pre_hook=m['_pre'], post_hook=m['_post'],
+                of_pre_before=m['before_step'],
                 of_post_presences=m['move'], of_post_weights=m['after_step'] - m['move'])
 
 
@@ -205,31 +219,42 @@ def shares(m):
 
 def table_of(rows):
     num = lambda x, f='.2f': '–' if x is None else format(x, f)
-    cells = [(r['model'], r['device'], WAYS[r['way']], num(r['median'], '.3f'), f"{r['q1']:.3f}–{r['q3']:.3f}", num(r['ratio']['median']),
-              f"{r['ratio']['q1']:.2f}–{r['ratio']['q3']:.2f}", num(r['goal']), num(r['memory_mb'], '.1f'), num(r['memory_above_dense_mb'], '+.1f')) for r in rows]
-    return table(('model', 'device', 'way', 'median ms', 'IQR', '× dense', 'IQR', 'goal', 'peak MB', 'vs dense'), cells, left=3)
+    cells = [(r['model'], r['device'], WAYS[r['way']], num(r['median'], '.3f'), f"{r['q1']:.3f}–{r['q3']:.3f}",
+              num(r['ratio']['median']),
+              f"{r['ratio']['q1']:.2f}–{r['ratio']['q3']:.2f}", num(r['goal']), num(r['memory_mb'], '.1f'),
+              num(r['memory_above_dense_mb'], '+.1f')) for r in rows]
+    return table(('model', 'device', 'way', 'median ms', 'IQR', '× dense', 'IQR', 'goal', 'peak MB', 'vs dense'), cells,
+                 left=3)
 
 
 def profile_of(rows):
-    keys = ('total', 'forward_backward', 'optimiser', 'pre_hook', 'post_hook', 'of_pre_before', 'of_post_presences', 'of_post_weights')
+    keys = ('total', 'forward_backward', 'optimiser', 'pre_hook', 'post_hook', 'of_pre_before', 'of_post_presences',
+            'of_post_weights')
     cells = [(r['model'], r['device'], WAYS[r['way']], *(f'{r[k]:.3f}' for k in keys)) for r in rows]
     return table(('model', 'device', 'way', *(k.replace('_', ' ') for k in keys)), cells, left=3)
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(prog='python -m benchmarks.step', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--smoke', action='store_true', help='a few steps of LeNet-300-100: checks that everything runs, measures nothing')
-    p.add_argument('--device', choices=('cpu', 'cuda', 'auto'), default='auto', help='auto: the CPU, and CUDA too where there is one')
+    p = argparse.ArgumentParser(prog='python -m benchmarks.step', description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--smoke', action='store_true', help='a few steps of LeNet-300-100: checks that everything runs, '
+                                                        'measures nothing')
+    p.add_argument('--device', choices=('cpu', 'cuda', 'auto'), default='auto',
+                   help='auto: the CPU, and CUDA too where there is one')
     p.add_argument('--models', help=f"comma-separated, of {', '.join(MODELS)} (default: all; with --smoke the first)")
-    p.add_argument('--rounds', type=int, help='turns of every way (default: 100 for LeNet-300-100; 15 for ResNet-18, 50 on CUDA)')
+    p.add_argument('--rounds', type=int, help='turns of every way (default: 100 for LeNet-300-100; 15 for ResNet-18, '
+                                              '50 on CUDA)')
     p.add_argument('--threads', type=int, help="of the CPU (default: torch's)")
     p.add_argument('--profile', action='store_true', help="also time the parts of Hyperflux's steps")
-    p.add_argument('--against', metavar='FOLDER', help='another checkout, whose Hyperflux takes part; what this one takes is also told as a multiple of it')
+    p.add_argument('--against', metavar='FOLDER', help='another checkout, whose Hyperflux takes part; what this one '
+                                                       'takes is also told as a multiple of it')
     p.add_argument('--out', metavar='FILE.json', help='write a record')
     args = p.parse_args(argv)
     args.models = args.models.split(',') if args.models else list(MODELS)[:1 if args.smoke else None]
-    if unknown := [m for m in args.models if m not in MODELS]: p.error(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
-    if args.device == 'cuda' and not torch.cuda.is_available(): p.error("--device cuda: torch finds no CUDA device here")
+    if unknown := [m for m in args.models if m not in MODELS]:
+        p.error(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        p.error("--device cuda: torch finds no CUDA device here")
     for name in ('rounds', 'threads'):
         if (n := getattr(args, name)) is not None and n < 1: p.error(f"--{name} is a whole number above 0: got {n}")
     return args
@@ -239,13 +264,17 @@ def main(argv=None):
     "Runs what the arguments ask for, prints it, and returns the record"
     args = arguments(argv)
     if args.threads: torch.set_num_threads(args.threads)
-    record = dict(benchmark='step', **provenance(' '.join(['python -m benchmarks.step', *(sys.argv[1:] if argv is None else argv)])),
+    record = dict(benchmark='step', **provenance(' '.join(['python -m benchmarks.step',
+                                                           *(sys.argv[1:] if argv is None else argv)])),
                   sparsity=SPARSITY, smoke=args.smoke, goals_are_for='two CPU cores', rows=[], failed=[], profile=[])
     h = record['hardware']
-    print(f"{h['cpu']}, {h['cores']} cores, {h['threads']} threads, load {h['load_before']}; GPU {h['gpu'] or 'none'}; torch {record['torch']}; "
+    print(f"{h['cpu']}, {h['cores']} cores, {h['threads']} threads, load {h['load_before']}; GPU {h['gpu'] or 'none'}; "
+          f"torch {record['torch']}; "
           f"commit {(record['commit'] or 'unknown')[:10]}", flush=True)
-    if (h['load_before'] or 0) > 1 and not args.smoke: print("others are using this machine (load above 1): times below are noise")
-    for device in [torch.device(d) for d in ('cpu', 'cuda') if args.device in (d, 'auto') and (d == 'cpu' or torch.cuda.is_available())]:
+    if (h['load_before'] or 0) > 1 and not args.smoke:
+        print("others are using this machine (load above 1): times below are noise")
+    for device in [torch.device(d) for d in ('cpu', 'cuda') if args.device in (d,
+        'auto') and (d == 'cpu' or torch.cuda.is_available())]:
         for model in args.models:
             rounds, burst = MODELS[model][4 if device.type == 'cpu' else 5]
             sizes = (args.rounds or 3, 2, 1, 2) if args.smoke else (args.rounds or rounds, burst, 2*burst, 10)
@@ -253,10 +282,13 @@ def main(argv=None):
             record['rows'] += rows; record['failed'] += failed
             print(table_of(rows), *(f"{WAYS[f['way']]}: {f['error']}" for f in failed), sep='\n', flush=True)
             for r in rows:
-                if a := r['against']: print(f"{model}: Hyperflux eager takes {a['median']:.3f} × the time of the other checkout's ({a['q1']:.3f}–{a['q3']:.3f})", flush=True)
+                if a := r['against']:
+                    print(f"{model}: Hyperflux eager takes {a['median']:.3f} × the time of the other checkout's "
+                          f"({a['q1']:.3f}–{a['q3']:.3f})", flush=True)
             if args.profile:
                 n = 3 if args.smoke else sizes[0]*sizes[1]
-                parts = [profile(model, r['way'], device, n, sizes[2]) for r in rows if r['way'] in ('eager', 'compiled')]
+                parts = [profile(model, r['way'], device, n, sizes[2]) for r in rows if r['way'] in ('eager',
+                                                                                                     'compiled')]
                 record['profile'] += parts
                 print('parts of a step, median ms', profile_of(parts), sep='\n', flush=True)
     if args.out: write_json(record, args.out)

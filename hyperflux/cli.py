@@ -75,7 +75,7 @@ def prune(
 def recipes():
     "List the recipes, what they train, and what that is expected to cost"
     print(f"{recipes_table()}\n\nEpochs: dense + pruning + regrowth. GPU hours: if 100 TFLOP/s are sustained; small "
-          "networks are slower.\nhyperflux prune --recipe NAME runs one; --dry-run tells what it needs on this machine.")
+          "networks are slower.\nhyperflux prune --recipe NAME runs one; --dry-run tells what it needs here.")
 
 # %% ../nbs/cli.ipynb #34f47c85
 def _config(recipe, epochs, fields):

@@ -112,7 +112,7 @@ def test_help_explains_every_option(tmp_path):
         shown = f'{option}, --no-{option[2:]} ' if f.type is bool else f'{option} ({f.type.__name__})'
         assert shown in text and comment and comment in text, option
     titles = [text.index(f"{title}: in place of the recipe's") for title in grouped()]
-    assert titles == sorted(titles) and text.index('--trajectory') > titles[-2]
+    assert titles == sorted(titles) and text.rindex('--trajectory (str)') > titles[-2]
 
 
 def test_help_without_and_with_a_command(tmp_path):

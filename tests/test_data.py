@@ -220,11 +220,11 @@ def test_folders_name_the_unreadable_file(folders):
 def test_workers_use_one_thread_and_leave_ctrl_c_alone(folders):
     code = f"""
 import os, signal, torch
-from hyperflux.lab.folders import Pictures
+from hyperflux.lab.folders import Pictures, load_folders
 torch.set_num_threads(2)
 look = lambda self, key: (torch.tensor([torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, os.getpid()]), 0)
 Pictures.__getitem__ = look
-loader = load_data('imagenet', root={str(folders)!r}).loader('train', 3, workers=2, mean=0, std=1)
+loader = load_folders({str(folders)!r}).loader('train', 3, workers=2, mean=0, std=1)
 loader.normalize = lambda x: x
 told = torch.cat([x for _ in range(2) for x, _ in loader])
 assert told[:, 0].eq(1).all() and told[:, 1].all(), told

@@ -17,7 +17,7 @@ from .driving import warn
 from .gated import GatedPruner
 from .gates import initial_presence
 from .meter import FluxMeter
-from .plan import Plan
+from .plan import Plan, sole_plan
 from .settings import Settings, described
 from ..helpers import as_number
 
@@ -52,14 +52,14 @@ class Hyperflux(GatedPruner):
         compile:bool=False, # Fuse the update of the presences with torch.compile
         plan:Plan|None=None, # In place of sparsity and steps: of these settings
     ):
-        S, plan = settings, plan or settings.plan(steps, sparsity)
+        S, plan = settings, sole_plan(plan, sparsity=sparsity, steps=steps) or settings.plan(steps, sparsity)
         if plan.sparsity is None and pressure is None:
             raise ValueError("say where to go: sparsity= (a fraction) or "
                              "pressure= (a number or a function of progress)")
         if compile and S.sgd:
             raise ValueError("compile=True fuses Adam's update of the presences: leave it out with sgd=True")
-        self.settings, self.schedule, self.dip, self._given = S, S.trajectory, S.dip, as_number(pressure)
-        first = self._given_now(0.)                                             # or it is refused here
+        self.settings, self.schedule, self.dip, self._wish = S, S.trajectory, S.dip, as_number(pressure)
+        first = self._pressure_at(0.)                                             # or it is refused here
         super().__init__(model, optimizer, controller=S.controller(), targets=targets, ignore=ignore, plan=plan)
         if first is not None: self.gamma = first
         if meter:
@@ -79,9 +79,9 @@ class Hyperflux(GatedPruner):
         for i, (p, t) in enumerate(zip(self.params, self.groups.views(self.presence))):
             t.copy_(self.layout.piece(i, initial_presence(p.numel(), S.low, S.high, g, self.dtype)))
 
-    def _given_now(self, progress)->float|None:
+    def _pressure_at(self, progress)->float|None:
         "The pressure that was given, if one was"
-        return as_number(self._given(progress) if callable(self._given) else self._given)
+        return as_number(self._wish(progress) if callable(self._wish) else self._wish)
 
 # %% ../../nbs/core/17_hyperflux.ipynb #d276ff81
 @patch
@@ -125,7 +125,7 @@ def stage(self:Hyperflux)->str:
 @patch(as_prop=True)
 def resting(self:Hyperflux)->bool:
     "Whether presences stand still, since the controller says so: density has fallen below plan"
-    return self._given is None and self.step < self.plan.end and self.controller.resting
+    return self._wish is None and self.step < self.plan.end and self.controller.resting
 
 @patch(as_prop=True)
 def frozen(self:Hyperflux)->bool:
@@ -145,10 +145,10 @@ def advance(self:Hyperflux):
 def _steer(self:Hyperflux):
     self.note_history(self.stage)
     density = self.history[-1]['density']
-    if self._given is None and self.settings.exact and self.step <= self.plan.end and density < self.planned/2:
+    if self._wish is None and self.settings.exact and self.step <= self.plan.end and density < self.planned/2:
         self._refloat()
     if self.step >= self.plan.end: self._regrow()
-    elif self._given is not None: self.gamma = self._given_now(self.progress)
+    elif self._wish is not None: self.gamma = self._pressure_at(self.progress)
     else:
         self.gamma = self.controller(density, self.planned, self.progress)
         if self.resting: self.moments[0].zero_()                # or the momentum of the fall would go on after the rest
@@ -196,7 +196,7 @@ def state_dict(self:Hyperflux)->dict: # Tensors, numbers and strings only
 def asked(self:Hyperflux)->dict: # Numbers, strings, lists and None
     "Also the settings and the pressure; functions by their names"
     own = {f.name: described(getattr(self.settings, f.name)) for f in fields(self.settings)}
-    return dict(GatedPruner.asked(self), pressure=described(self._given), **own)
+    return dict(GatedPruner.asked(self), pressure=described(self._wish), **own)
 
 @patch
 def load_own(self:Hyperflux, state):

@@ -16,7 +16,7 @@ from .driving import Driven, warn
 from .layout import check_current, cut_by, holders, layout_of, local, prepare
 from .norms import norms_text, rate_text, stale_norms
 from .optimizers import check_optimizer
-from .plan import Plan
+from .plan import Plan, sole_plan
 from .selection import dense_matrices, dense_text, namesakes, select
 from .tally import Tally
 
@@ -24,7 +24,9 @@ from .tally import Tally
 class Guards:
     "Looks at whatever would make a report of a pruner wrong"
     def enter(self):
-        if self.step == 0: self.start()
+        if self.step == 0 and not self._started:
+            self.gradients()                                                     # which may refuse: then nothing is begun
+            self.start()
         if self.seen is None or self.step < 2 or self.due(200) or self.step + 1 >= self.steps: self.look()
         if self.versions() != self.seen:
             # on the device
@@ -82,7 +84,8 @@ class Guards:
 class Pruner(Guards, Driven, Tally):
     "Keeps a mask on chosen weights while any optimiser trains them; methods subclass it"
     whole_weights = False                                      # whether a method can do nothing with a part of a weight
-    planned, pressure, frozen = 1., 0., False   # density planned by now; γ by now; whether only a mask is left to apply
+    planned, pressure = 1., None                # density planned by now; γ by now, None where there is none
+    frozen = False                              # whether only a mask is left to apply
     meter = births = deaths = None                            # a FluxMeter; how many came and went; None: nobody counts
 
     def __init__(self,
@@ -96,12 +99,12 @@ class Pruner(Guards, Driven, Tally):
         ignore=(), # What to leave dense, likewise
         plan:Plan|None=None, # In place of sparsity and steps
     ):
-        self.plan, self.model, self.optimizer, self.step, self.history = plan or Plan(sparsity,
-                                                                                      steps), model, optimizer, 0, []
+        self.plan = sole_plan(plan, sparsity=sparsity, steps=steps) or Plan(sparsity, steps)
+        self.model, self.optimizer, self.step, self.history = model, optimizer, 0, []
         prepare(model)
         weights = select(model, targets, ignore)
-        self.names, self.params, self.total = list(weights), list(weights.values()), sum(p.numel()
-                                                                                         for p in model.parameters())
+        self.names, self.params = list(weights), list(weights.values())
+        self.total = sum(p.numel() for p in model.parameters())
         self.layout = layout_of(self.params)
         self._check(weights)
         self.d, self.sizes = self.layout.d, self.layout.sizes
@@ -140,9 +143,9 @@ class Pruner(Guards, Driven, Tally):
 
     def start(self):
         "Removes what has to go before the first step; once, by the loop, or else by the first step itself"
-        if self._started: return
-        self._started = True
-        self.begin_pruning()
+        if not self._started: self.begin_pruning()
+        self._started = True                                    # not before: what was refused is refused again
+        return self
 
     # What a method may say, beside what `Driven` asks
     def begin_pruning(self): pass
@@ -192,9 +195,8 @@ def asked(self:Pruner)->dict: # Numbers, strings, lists and None
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"
     return dict(kind=type(self).__name__, names=self.names, sizes=self.sizes, sparsity=self.sparsity, steps=self.steps,
-                step=self.step,
-                mask=self.mask, place=self.layout.place, order=self.layout.order(self.masks), asked=self.asked(),
-                rate=self._rate)
+                step=self.step, mask=self.mask, place=self.layout.place, order=self.layout.order(self.masks),
+                asked=self.asked(), rate=self._rate, started=self._started)
 
 @patch
 @torch.no_grad()
@@ -207,7 +209,8 @@ def load_state_dict(self:Pruner,
     _check_same(state, mine)
     _check_asked(state, mine)
     _check_whole(state, mine)
-    self.step, self._rate, self._started = state['step'], state.get('rate'), True
+    self.step, self._rate = state['step'], state.get('rate')
+    self._started = state.get('started', True)                                # states of version 0.1 were
     self.mask.copy_(state['mask'])
     self.load_own(state)
     self.seen = self.versions()
@@ -238,7 +241,7 @@ def _check_whole(state, mine):
     "It has all there should be, in the same shapes"
     listed = lambda v: v if isinstance(v, (list, tuple)) else [v]
     for key, value in mine.items():
-        if key not in state and key not in ('place', 'order', 'asked', 'rate'):
+        if key not in state and key not in ('place', 'order', 'asked', 'rate', 'started'):
             raise ValueError(f"this state is not whole: it lacks {key}")
         for a, b in zip(listed(value), listed(state.get(key))):
             if torch.is_tensor(a) and torch.is_tensor(b) and a.shape != b.shape:

@@ -209,7 +209,7 @@ def needed(ch:Channels, # What the operations said
     stay = np.zeros(ch.n, bool)
     for ids, _ in ch.pins: stay[ch.label[ids]] = True
     times = Counter(r.name for r in ch.readers)
-    often = {n for n, k in times.items() if k > 1}                          # a layer used twice sees different constants
+    often = {n for n, k in times.items() if k > 1}                         # a layer used twice sees different constants
     while True:
         before = stay.sum()
         for r in reversed(ch.readers):

@@ -101,7 +101,7 @@ def plot_deploy(
             colors = [GREY if r['form'] == 'dense' else BLUE for r in rows]
             ax.barh([r['form'] for r in rows], mid, xerr=spread, color=colors, error_kw=dict(lw=1))
             for i, r in enumerate(rows):
-                ax.text(high[i], i, f"  {mid[i]:.2f} ×, {si(r['seconds'][1], 's')}", va='center', fontsize=8)
+                ax.text(max(high[i], 1), i, f"  {mid[i]:.2f} ×, {si(r['seconds'][1], 's')}", va='center', fontsize=8)
             ax.axvline(1, color='k', lw=.8)
             ax.set(title=f"{record['name']}, batch {b}", xlabel='times as fast as dense', xlim=(0, 1.45*max(high)))
             sns.despine(ax=ax)

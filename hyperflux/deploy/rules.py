@@ -114,7 +114,7 @@ def conv_transpose(self, node, x, w, b=None, stride=1, padding=0, output_padding
 @rule('native_batch_norm_legit_no_training', 'batch_norm')
 def batch_norm(self, node, x, w, b, mean, var, *rest):
     v = self.value(x)
-    eps = rest[-1] if len(rest) == 2 else rest[2]                   # …(momentum, eps) or …(training, momentum, eps, cudnn)
+    eps = rest[-1] if len(rest) == 2 else rest[2]                # …(momentum, eps) or …(training, momentum, eps, cudnn)
     if v.dim != 1: return None
     if len(rest) > 2 and rest[0]: raise Unknown('statistics of the batch')
     parts = [None if p is None else self.weight(p) for p in (w, b, mean, var)]

@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from torch import nn
 
 from .candidates import Bfloat16, candidates, fold_norms, hooked, in_sequence, replaceable
-from .channels import first_line
 from .compact import flat_outputs, relative_gap
 from .kernels import BETWEEN, SparseChain, turn
 from .operations import inputs_of
@@ -92,7 +91,8 @@ def _measure(layers, bf16, tolerance, rounds, limit, report):
             try:
                 if relative_gap(want, m(x)) <= (.05 if k == 'bf16' else tolerance): runs[k] = partial(m, x)
             except Exception as e:                                              # no MKL, say
-                report.notes.append(f"{n}: {k} does not work here: {first_line(e)}")
+                why = (str(e).strip() or type(e).__name__).splitlines()[0]
+                report.notes.append(f"{n}: {k} does not work here: {why}")
         cores = {k.replace('pixel', 'chained'): partial(m.core, m.enter(x)) for k, m in found.items()
                  if k in runs and k.endswith('pixel')}
         turning = dict(turn=partial(turn, x.reshape(len(x), -1)))
@@ -102,8 +102,8 @@ def _measure(layers, bf16, tolerance, rounds, limit, report):
                                   times={k: times[k] for k in runs if times}, choice='dense'))
         if not times: continue
         k, c = (min(some, key=times.get) for some in (runs, cores or runs))
-        if times[k] < .95*times['dense']:
-            units.append(_Unit(n, found[k], {n: (k, times[k])}, times['dense'] - times[k]))
+        gain = times['dense'] - times[k]
+        if gain > .05*times['dense']: units.append(_Unit(n, found[k], {n: (k, times[k])}, gain))
         if cores and times[c] < times['dense'] + times['turn']:
             inside[n] = found[c.replace('chained', 'pixel')], c, times[c]
     return units, inside
@@ -123,6 +123,7 @@ def _assemble(base, units):
             new.set_submodule(n, u.module)
     return new
 
+# %% ../../nbs/deploy/07_sparsify.ipynb #a9060009
 def _runs(s, full, inside):
     "Keys of neighbours in a Sequential that can be one chain: two layers or more, of one kind; pools among images only"
     runs, kind = [[]], None

@@ -20,19 +20,20 @@ from .scores import Baseline, magnitude
 # %% ../../nbs/rivals/02_gradients.ipynb #9a35fba1
 class Taylor(Baseline):
     "Mean of (g·θ)² since the masks were renewed, cubic schedule (Molchanov et al. 2019, arXiv 1906.10771)"
-    schedule, total, looks = staticmethod(cubic), None, 0
+    schedule, squares, looks = staticmethod(cubic), None, 0
     def observe(self, gradient):
         if self.step >= self.plan.end or (g := gradient()) is None: return
         torch._foreach_mul_(self.layout.views(g), self.layout.weights)
         s = g.square_()
-        self.total, self.looks = s if self.looks == 0 else self.total.add_(s), self.looks + 1
+        self.squares, self.looks = s if self.looks == 0 else self.squares.add_(s), self.looks + 1
     def score(self):
         if not self.looks: return magnitude(self)       # all steps since were skipped, as a GradScaler's first may be
-        s, self.looks = self.total/self.looks, 0
+        s, self.looks = self.squares/self.looks, 0
         return s
-    def state_dict(self): return dict(super().state_dict(), total=self.total, seen=self.looks)
+    def state_dict(self): return dict(super().state_dict(), total=self.squares, seen=self.looks)
     def load_own(self, state):
-        self.total, self.looks = None if state['total'] is None else state['total'].clone(), state['seen']
+        self.squares = state['total'].clone() if torch.is_tensor(state['total']) else None
+        self.looks = state['seen']
         super().load_own(state)
 
 # %% ../../nbs/rivals/02_gradients.ipynb #c5882dde

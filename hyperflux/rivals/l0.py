@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.control import LogController
 from ..core.driving import warn
 from ..core.gated import GatedPruner
-from ..core.plan import Plan
+from ..core.plan import Plan, sole_plan
 from ..helpers import as_number
 from .scores import Targeted, top
 
@@ -70,6 +70,7 @@ class L0(Targeted, GatedPruner):
     ):
         self.travel = travel = as_number(travel)
         if not travel > 0: raise ValueError(f"travel is how far a logit can move, a number above 0: got {travel}")
+        plan = sole_plan(plan, sparsity=sparsity, steps=steps, span=span)
         plan = self.fits(plan) if plan else self.make_plan(sparsity, steps, span)
         super().__init__(model, optimizer, controller=controller(), plan=plan, **how)               # pressure: λ
         self.alpha, self.z = self.groups.flat(math.log(19)), self.groups.flat(1.)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.pressure import cubic, linear
 from ..core.landing import land_
-from ..core.plan import Plan, span_steps
+from ..core.plan import Plan, sole_plan, span_steps
 from ..core.pruner import Pruner
 from ..helpers import as_number, whole_number
 
@@ -84,6 +84,7 @@ class Baseline(Targeted, Pruner):
         **how, # As for `Pruner`: targets, ignore
     ):
         self.updates, self.births, self.deaths = whole_number('updates', updates), 0, 0
+        plan = sole_plan(plan, sparsity=sparsity, steps=steps, span=span)
         plan = self.fits(plan) if plan else self.make_plan(sparsity, steps, span)
         super().__init__(model, optimizer, plan=plan, **how)
 

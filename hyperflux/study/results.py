@@ -147,7 +147,7 @@ def _plot_density(history, ax):
     es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
     ax.semilogy(es, get('density'), color=COLORS['density'], lw=2.5, label='density')
     ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
-    ax.set(ylabel='density'); ax.legend(frameon=False, loc='lower left')
+    ax.set(ylabel='density'); ax.legend(frameon=False, loc='upper right')
     if any(get('pressure')):
         twin, color = ax.twinx(), COLORS['pressure']
         twin.plot(es, get('pressure'), color=color, lw=1); twin.set_ylabel('pressure γ', color=color)

@@ -179,7 +179,7 @@ def _now(run, steps, began):
     now = dict(epoch=run.epoch + 1, epochs=c.epochs, stage=run.stage, step=run.step, steps=run.total, loss=loss,
                rate=steps*c.batch_size/(time.perf_counter() - began))
     if p: now['density'] = p.density
-    return now | dict(pressure=p.pressure) if p and p.pressure else now
+    return now | dict(pressure=p.pressure) if p and p.pressure is not None else now
 
 @patch
 def evaluate(self:Run)->dict: # As the function `evaluate`; with the metric of the run

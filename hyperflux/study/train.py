@@ -54,7 +54,7 @@ def fit(
     save = lambda: folder and run.save(folder)
     while run.epoch < min(config.epochs, until or config.epochs):
         _one_epoch(run, show, save, save_steps)
-        show.epoch(run.history[-1])
+        show.epoch(run.history[-1] | dict(also={k: run.history[-1][k] for k in run.metrics}))
         log(run.history[-1])
         if folder and world.main: write_history(run.history, folder/'history.csv')
     if folder and world.main and run.finished: write_results(run, folder)
@@ -82,7 +82,7 @@ def _row(run, stage, loss):
     row = dict(epoch=run.epoch, stage=stage, lr=run.optimizer.param_groups[0]['lr'], loss=loss, accuracy=e['accuracy'],
                top5=e['top5'], eval_loss=e['loss'], density=1., planned=1., pressure=0., births=0, deaths=0)
     row |= {k: e[k] for k in run.metrics}
-    if p: row |= dict(density=p.density, planned=p.planned, pressure=p.pressure) | _lives(run, stage)
+    if p: row |= dict(density=p.density, planned=p.planned, pressure=p.pressure or 0.) | _lives(run, stage)
     return row
 
 def _lives(run, stage):

@@ -43,9 +43,9 @@ def train(model, opt, n=10, loss=loss):
 
 
 def state(p): # All that a step may change
-    steps = torch.stack([p.gate_optimizer.state[t]['step'] for t in p._presences])
+    steps = torch.stack([p.gate_optimizer.state[t]['step'] for t in p.gate_params])
     # a vector itself follows the weights' order in memory
-    logical = lambda v: flat(p._views(v))
+    logical = lambda v: flat(p.layout.views(v))
     return dict(theta=flat(p.params), presence=logical(p.presence), value=logical(p.value), mask=logical(p.mask),
                 mean=logical(p.moments[0]), square=logical(p.moments[1]), steps=steps)
 
@@ -57,7 +57,7 @@ def assert_same(a, b, *keys):
 def assert_sparse(p, low=.05, high=.95):
     "Model, values, presences and masks agree, with some weights absent"
     assert torch.equal(p.mask, (p.presence >= 0).to(p.dtype))
-    assert torch.equal(flat(p.params), flat(p._values)*flat(p._masks)) and p.value.isfinite().all()
+    assert torch.equal(flat(p.params), flat(p.values)*flat(p.masks)) and p.value.isfinite().all()
     assert low < p.density < high
 
 

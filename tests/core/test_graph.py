@@ -19,8 +19,8 @@ def race(optimizer=sgd, build=mlp, dtype=torch.float32, *, loss=loss, steps=80, 
     twin, opt = copy.deepcopy(model), optimizer(model)
     p = Hyperflux(model, opt, pressure=pressure, steps=steps + 1, settings=Settings(prune=1., settle=0., travel=3.),
                   **kw)
-    g = Gated(twin, dict(zip(p.names, map(torch.clone, p._presences))))
-    opts = optimizer(twin), torch.optim.Adam(g.gates.parameters(), lr=p.lr, eps=1e-8/p.d, fused=True)
+    g = Gated(twin, dict(zip(p.names, map(torch.clone, p.gate_params))))
+    opts = optimizer(twin), torch.optim.Adam(g.gates.parameters(), lr=p.plan.lr, eps=1e-8/p.d, fused=True)
     parts = [slice(k, None, micro) for k in range(micro)] if micro > 1 else [slice(None)]
     for i in range(steps):
         gamma = p.gamma
@@ -165,7 +165,7 @@ def heads_loss(model, i, part=slice(None)):
 def test_no_gradient_equals_graph():
     "A layer that was not used in a step is left alone with its gates, as the optimiser leaves it"
     p, twin = race(build=Heads, loss=heads_loss, pressure=.1)
-    assert [int(p.gate_optimizer.state[t]['step']) for t in p._presences] == [80, 60, 20]
+    assert [int(p.gate_optimizer.state[t]['step']) for t in p.gate_params] == [80, 60, 20]
     assert_equal(p, twin)
 
 

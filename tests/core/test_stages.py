@@ -38,7 +38,7 @@ def test_pressure_alone():
     mask = p.mask.clone()
     train(model, opt, 30)
     assert torch.equal(mask, p.mask)                                      # the settle stage
-    assert not p.landed and all(r['planned'] is None and r['stage'] != 'landing' for r in p.history)
+    assert not p.landed and all(r['planned'] == 1. and r['stage'] != 'landing' for r in p.history)
     assert {r['pressure'] for r in p.history} == {.03, 0.} and p.stage == 'done' and p.density < .95
     assert 'asked' not in str(p)
 
@@ -92,8 +92,8 @@ def test_vectors_follow_the_weights_order_in_memory():
         return net, opt, Hyperflux(net, opt, sparsity=.5, steps=200, seed=3)
     (a, oa, pa), (b, ob, pb) = make(torch.contiguous_format), make(torch.channels_last)
     assert b[0].weight.stride() != a[0].weight.stride()
-    assert [v.stride() for v in pb._presences] == [p.stride() for p in pb.params]
-    assert all(s.equal(t) for s, t in zip(pa._presences, pb._presences)) and not pa.presence.equal(pb.presence)
+    assert [v.stride() for v in pb.gate_params] == [p.stride() for p in pb.params]
+    assert all(s.equal(t) for s, t in zip(pa.gate_params, pb.gate_params)) and not pa.presence.equal(pb.presence)
     assert all(v.equal(p) for v, p in zip(pb._values, pb.params))
     state = pa.state_dict()
     with pytest.raises(ValueError, match='lie in memory in another order'): pb.load_state_dict(state)

@@ -206,7 +206,7 @@ def test_memory(meter, expected):
         if isinstance(o, torch.Tensor): yield o
         elif isinstance(o, dict): yield from (t for v in o.values() for t in tensors(v))
         elif isinstance(o, (list, tuple)): yield from (t for v in o for t in tensors(v))
-    mine = [vars(p), p.gate_optimizer.state, [t.grad for t in p._presences], vars(p.meter) if meter else []]
+    mine = [vars(p), p.gate_optimizer.state, [t.grad for t in p.gate_params], vars(p.meter) if meter else []]
     theirs = {t.untyped_storage().data_ptr() for t in model.parameters()}
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(mine)}
     assert expected*p.d <= sum(n for at, n in sizes.items() if at not in theirs) <= expected*p.d + 64

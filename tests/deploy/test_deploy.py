@@ -21,7 +21,8 @@ MODELS = dict(mobilenet=(lambda: torchvision.models.mobilenet_v3_small(num_class
 def pruned(make, sparsity=.9):
     torch.manual_seed(0)
     net = make().eval()
-    LayerMagnitude(net, torch.optim.SGD(net.parameters(), 0.), sparsity=sparsity, steps=1, span=(0, 1)).detach()
+    p = LayerMagnitude(net, torch.optim.SGD(net.parameters(), 0.), sparsity=sparsity, steps=1, span=(0, 1))
+    p.start(), p.detach()
     return net
 
 

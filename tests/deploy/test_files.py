@@ -400,6 +400,7 @@ def test_the_zoo(tmp_path, capfd, name):
     net = MODELS[name](in_shape=shape)
     with torch.no_grad(): net(torch.randn(4, *shape))                      # batch norm has seen something
     pruner = Magnitude(net, torch.optim.SGD(net.parameters(), .1), sparsity=.9, steps=1)
+    pruner.start()
     assert pruner.left == pruner.keep
     saved = save_sparse(net, tmp_path/'x', plain_zeros=True)
     assert saved.share < .115

@@ -1,6 +1,6 @@
 """sparsify on whole models, with the clock replaced so that any kernel can be made the winner; the kernels themselves
 are tested in their notebook."""
-import copy, io, json, shutil
+import copy, importlib, io, json, shutil
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from hyperflux.deploy.kernels import SparseChain, SparseConv2d, SparseLinear
 from hyperflux.deploy.candidates import Bfloat16
 from hyperflux.deploy.sparsify import sparsify
 from tests.helpers import program
+
+S = importlib.import_module('hyperflux.deploy.sparsify')       # the package's own `sparsify` is the function
 
 
 @pytest.fixture(autouse=True)

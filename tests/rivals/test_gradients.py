@@ -89,6 +89,7 @@ def test_grasp_equals_hessian(build):
     p.detach()
     torch.manual_seed(7)
     q = GraSP(model, sgd(model), sparsity=.7, steps=60, batch=(xs.double(), ys))
+    q.start()
     harm = -theta*(H @ g)                                            # the paper's score
     gone = set(harm.argsort(descending=True)[:q.d - q.keep].tolist())
     assert set((mask(q) == 0).nonzero().flatten().tolist()) == gone

@@ -179,8 +179,8 @@ def test_scores():
     with refuses(r'Missing has no score: define score\(self\), one number for each weight', NotImplementedError):
         make(Missing, model, sgd(model))
     model = mlp()
-    with refuses('scores of Poisoned hold NaN or infinity at step 0: training has diverged; lower the learning rate, or '
-                 'clip gradients', FloatingPointError):
+    with refuses('scores of Poisoned hold NaN or infinity at step 0: training has diverged; lower the learning rate, '
+                 'or clip gradients', FloatingPointError):
         make(Poisoned, model, sgd(model))
     assert (model[0].weight != 0).all()
 

@@ -244,6 +244,6 @@ def test_a_run_under_another_default_type(run):
 
 
 def test_what_data_cost_that_nobody_knows():
-    with pytest.raises(ValueError, match="nothing is known of the data 'my photographs'"):
+    with pytest.raises(ValueError, match="no data set 'my photographs'"):
         cost(Config(data='my photographs'))
     with pytest.raises(ValueError, match="cifar10"): cost(dataclasses.replace(Config(), data='cifar-10'))

@@ -124,7 +124,7 @@ class Run:
         assert [nnz([w]) for w in weights] == [r['left'] for r in rows[:-1]]
         assert negative_zeros(weights) == 0
         # its gates are drawn anew each step, and its mask is what they are without noise
-        if self.method == 'L0' and p.step < p.end: return
+        if self.method == 'L0' and p.step < p.plan.end: return
         for w, m in zip(weights, p.mask.split([w.numel() for w in weights])):
             assert not (w.flatten() != 0)[m == 0].any()
         assert 'absent' not in p.differs()
