@@ -14,7 +14,7 @@ def flux(
     grad:Tensor, # g = ∂L/∂θ at the θ the network computed with, of the same shape
     slope:float=.25, # The gate's straight-through slope c
 )->Tensor: # φ = -c·ω·g, in units of the loss, of the same shape
-    "The data's force on each presence, -∂L/∂t (arXiv 2504.05349)"
+    "What the loss gains by each presence, -∂L/∂t (arXiv 2504.05349)"
     if weight.shape != grad.shape:
         raise ValueError(f"a flux needs one gradient per weight: got {tuple(weight.shape)} and {tuple(grad.shape)}")
     return weight*grad*-slope

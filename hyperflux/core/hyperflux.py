@@ -22,9 +22,9 @@ from .settings import Settings, described
 from ..helpers import as_number
 
 # %% ../../nbs/core/17_hyperflux.ipynb #92c97fc6
-def gate_update(pull, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
+def gate_update(gate_grad, t, m, v, mask, pressure, rate, correction, slope, b1, b2, eps):
     "One Adam step of the presences `t` along c·ω·g + γ/d, and the new mask, in place; every vector is flat"
-    g = pull*slope + pressure
+    g = gate_grad*slope + pressure
     m.lerp_(g, 1 - b1)
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     t.sub_(rate*m/((v*correction).sqrt() + eps))            # rate = lr/(1 − b1ⁿ), correction = 1/(1 − b2ⁿ)

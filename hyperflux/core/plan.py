@@ -84,5 +84,6 @@ def sole_plan(
     "A plan stands in place of what it says"
     both = [k for k, v in given.items() if v is not None]
     if plan is not None and both:
-        raise ValueError(f"plan= says {' and '.join(given)} already, and {' and '.join(both)} came beside it: give one or the other")
+        raise ValueError(f"plan= says {' and '.join(given)} already, and {' and '.join(both)} came beside it: give one "
+                         "or the other")
     return plan

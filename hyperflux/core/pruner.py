@@ -25,7 +25,7 @@ class Guards:
     "Looks at whatever would make a report of a pruner wrong"
     def enter(self):
         if self.step == 0 and not self._started:
-            self.gradients()                                                     # which may refuse: then nothing is begun
+            self.gradients()                                                   # which may refuse: then nothing is begun
             self.start()
         if self.seen is None or self.step < 2 or self.due(200) or self.step + 1 >= self.steps: self.look()
         if self.versions() != self.seen:

@@ -94,7 +94,7 @@ def test_vectors_follow_the_weights_order_in_memory():
     assert b[0].weight.stride() != a[0].weight.stride()
     assert [v.stride() for v in pb.gate_params] == [p.stride() for p in pb.params]
     assert all(s.equal(t) for s, t in zip(pa.gate_params, pb.gate_params)) and not pa.presence.equal(pb.presence)
-    assert all(v.equal(p) for v, p in zip(pb._values, pb.params))
+    assert all(v.equal(p) for v, p in zip(pb.values, pb.params))
     state = pa.state_dict()
     with pytest.raises(ValueError, match='lie in memory in another order'): pb.load_state_dict(state)
     g = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def test_vectors_follow_the_weights_order_in_memory():
         x = torch.randn(8, 4, 6, 6, generator=g)
         for net, opt in (a, oa), (b, ob): opt.zero_grad(); net(x).square().mean().backward(); opt.step()
     assert pa.left == pb.left == pa.keep
-    same = sum(int((s == t).sum()) for s, t in zip(pa._masks, pb._masks))
+    same = sum(int((s == t).sum()) for s, t in zip(pa.masks, pb.masks))
     assert same > .95*pa.d, 'only rounding may tell the two runs apart'
 
 
