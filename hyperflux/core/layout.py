@@ -37,8 +37,7 @@ class Whole:
     def weights(self)->list[Tensor]: return self.params                     # what is here of them
     @property
     def gradients(self)->list[Tensor|None]: return [p.grad for p in self.params]
-    @property
-    # others, once somebody has written
+    @property                                       # others, once somebody has written
     def versions(self)->list: return [(w._version, w.data_ptr()) for w in self.weights]
     @property
     def place(self)->list[str]|None: return None                    # which part is here of each layer; None: all of all
@@ -53,15 +52,14 @@ class Whole:
     def order(self, views:list[Tensor])->list[list[int]]:            # their dimensions, from the slowest to the fastest
         return [[k for k in sorted(range(v.ndim), key=v.stride, reverse=True) if v.shape[k] > 1] for v in views]
 
-    # What is asked of all weights together
-    # [layers, …] of what is here → of all; op: sum or max
+    # What is asked of all weights together. reduce: [layers, …] of what is here → of all; op is sum or max
     def reduce(self, rows:Tensor, op:str='sum')->Tensor: return rows
     def rows(self, flat:Tensor, how=torch.sum)->Tensor:
         return self.reduce(torch.stack([how(v) for v in flat.split(self.sizes)]))
     def sum(self, flat:Tensor, how=torch.sum)->Tensor: return how(flat)
-    # of a whole layer, what is here
+    # piece: of a whole layer, what is here; whole: the other way round
     def piece(self, i:int, whole:Tensor)->Tensor: return whole.view(self.params[i].shape)
-    def whole(self, i:int, part:Tensor)->Tensor: return part.view(self.params[i].shape)    # the other way round
+    def whole(self, i:int, part:Tensor)->Tensor: return part.view(self.params[i].shape)
     def land_(self, presence:Tensor, keep:int)->float: return land_(presence, keep)
     def check_place(self, theirs:list[str]|None):                     # `place` of a state; ValueError if it is not ours
         a, b = theirs or ['whole'], self.place or ['whole']

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .landing import nth_largest
 from ..helpers import format_table
+from ..plots import COLORS
 
 # %% ../../nbs/core/15_meter.ipynb #6bca87e1
 class FluxMeter:
@@ -173,7 +174,7 @@ def plot_flux(
     "How |mean flux| is distributed over present (blue) and absent (orange) weights"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
-    for k, colour in ('absent', '#de8f05'), ('present', '#0173b2'):
+    for k, colour in ('absent', COLORS['absent']), ('present', COLORS['present']):
         n, zero = sum(hist[k]), hist[f'zero_{k}']
         label = f'{n + zero:,} {k}' + (f' ({zero:,} with none)' if zero else '')
         ax.stairs(hist[k], hist['edges'], fill=True, color=colour, alpha=.6, label=label)

@@ -52,8 +52,8 @@ def prunable(
     model:nn.Module,
 )->dict[str, nn.Parameter]: # Name → weight; a shared tensor once, under its first name
     "The weights pruned by default: of linear, convolution, recurrent and attention layers, unless frozen or empty"
-    ids = {id(p) for m in model.modules() if isinstance(m, _LAYERS) for n,
-           p in m._parameters.items() if p is not None and _WEIGHTS.fullmatch(n)}
+    held = ((n, p) for m in model.modules() if isinstance(m, _LAYERS) for n, p in m._parameters.items())
+    ids = {id(p) for n, p in held if p is not None and _WEIGHTS.fullmatch(n)}
     for row in computed(model): ids = ids - row['source'] if row['fold'] else ids | row['source']
     ids -= _embedded(model)
     return {n: p for n, p in model.named_parameters() if id(p) in ids and p.requires_grad and p.numel()}
@@ -145,8 +145,10 @@ def dense_matrices(
     rows = []
     for n, p in model.named_parameters():
         if id(p) in spared or sum(s > 1 for s in p.shape) < 2 or targets is not None and id(p) not in inside: continue
-        rows.append(dict(name=n, numbers=p.numel(), why='frozen' if not p.requires_grad else 'an embedding'
-                         if id(p) in embedded else why.get(id(p)) or ''))
+        reason = why.get(id(p)) or ''
+        if id(p) in embedded: reason = 'an embedding'
+        if not p.requires_grad: reason = 'frozen'
+        rows.append(dict(name=n, numbers=p.numel(), why=reason))
     return rows
 
 def dense_text(
@@ -171,8 +173,8 @@ def namesakes(
     "The parameters of another model that have the names and shapes of ours"
     # what compiled models and averages put before names
     plain = lambda name: name.replace('_orig_mod.', '').removeprefix('module.')
-    own, wanted = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}, {plain(n): p for n,
-                                                                                             p in weights.items()}
+    own = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    wanted = {plain(n): p for n, p in weights.items()}
     lacking = {n: tuple(p.shape) for n, p in wanted.items() if n not in own or own[n].shape != p.shape}
     if not lacking: return [own[n] for n in wanted]
     inside = [n for n, m in model.named_modules() if n and wanted.keys() <= {plain(k) for k,
