@@ -84,7 +84,8 @@ def test_a_network_of_ones_own(tmp_path):
         '    return nn.Sequential(nn.Conv2d(1, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(144, n_classes))\n')
     assert RECIPES['resnet18-quick'].flip
     run = Runner(tmp_path, picture=False)
-    run('prune', '--recipe', 'resnet18-quick', '--model', 'mine:tiny', '--no-flip', '--channels-last', '--sparsity', .75,
+    run('prune', '--recipe', 'resnet18-quick', '--model', 'mine:tiny', '--no-flip', '--channels-last', '--sparsity',
+        .75,
         '--epochs', 5, '--quiet', '--out', 'run')
     assert sum(int(w.count_nonzero()) for w in weights(tmp_path/'run')) == round(.25*(4*25 + 1440))
     config = json.loads((tmp_path/'run/config.json').read_text())
@@ -103,7 +104,8 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path):
 
 def test_help_explains_every_option(tmp_path):
     text = ' '.join(Runner(tmp_path)('prune', '--help').split())
-    for option in ('--recipe', '--root', '--download', '--epochs', '--device', '--threads', '--compile', '--out', '--resume',
+    for option in ('--recipe', '--root', '--download', '--epochs', '--device', '--threads', '--compile', '--out',
+                   '--resume',
                    '--overwrite', '--save-steps', '--tensorboard', '--dry-run', '--quiet'):
         assert option in text
     comments = docments(Config)
@@ -203,7 +205,8 @@ def test_overwriting_takes_only_a_runs_own_files_and_not_before_it_can_start(tmp
     (run/'notes.txt').write_text('mine')
     before, args = files(run), ['prune', '--epochs', 5, '--quiet', '--out', 'run', '--overwrite']
     for wrong, says in {('--threads', 1, '--model', 'lenet30'): 'did you mean lenet300',
-                        ('--ignore', 'fc5'): "'fc5' matches no weight", ('--weights', 'none.pt'): 'no checkpoint at none.pt',
+                        ('--ignore', 'fc5'): "'fc5' matches no weight",
+                        ('--weights', 'none.pt'): 'no checkpoint at none.pt',
                         ('--batch-size', 5000): 'needs at least 50', ('--resume',): 'choose one of them'}.items():
         assert says in runner(*args, *wrong, code=1) and files(run) == before, wrong
     says = hyperflux(*args, '--tensorboard', cwd=tmp_path, code=1, **without_tensorboard)

@@ -11,17 +11,19 @@ from hyperflux.lab.augment import Augment
 from hyperflux.lab.datasets import find_idx, load_data, read_idx, system_root
 from hyperflux.lab.data import pixel_stats
 
-root = Path(__file__).parents[1]
+root = Path(__file__).parents[2]
 
 
 def test_shipped_images_are_reproducible():
     places = os.environ.get('FASHION_MNIST', ''), system_root/'fashion-mnist', root/'data/FashionMNIST/raw'
     full = next((o for o in map(Path, places) if (o/'train-images-idx3-ubyte.gz').exists()), None)
-    if full is None: pytest.skip('no full Fashion-MNIST: apt install dataset-fashion-mnist, or name its folder in FASHION_MNIST')
+    if full is None:
+        pytest.skip('no full Fashion-MNIST: apt install dataset-fashion-mnist, or name its folder in FASHION_MNIST')
     spec = importlib.util.spec_from_file_location('make_small', root/'tools/make_small_fashion_mnist.py')
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    for name, expected in make.subset(full).items(): assert np.array_equal(read_idx(find_idx('fashion-small')/name), expected), name
+    for name, expected in make.subset(full).items():
+        assert np.array_equal(read_idx(find_idx('fashion-small')/name), expected), name
 
 
 def test_shipped_images_are_small():
@@ -41,7 +43,8 @@ def make_cifar(name, folder, monkeypatch):
     "Writes the set's files with 20 images each, and returns them: file name → (rows of 3072 bytes, labels)"
     from torchvision import datasets
     cls = getattr(datasets, name)
-    key, classes = ('labels', [f'class {i}' for i in range(10)]) if name == 'CIFAR10' else ('fine_labels', [f'fine {i}' for i in range(100)])
+    key, classes = ('labels', [f'class {i}' for i in range(10)]) if name == 'CIFAR10' else ('fine_labels',
+        [f'fine {i}' for i in range(100)])
     base, rng, made, md5 = folder/cls.base_folder, np.random.default_rng(0), {}, {}
     base.mkdir(parents=True)
 
@@ -72,7 +75,8 @@ def test_cifar_is_read_as_it_was_written(name, tmp_path, monkeypatch):
     assert (data.mean, data.std) == pixel_stats(data.train.images) and len(data.mean) == 3
     x, y = next(iter(data.loader('train', 16, augment=Augment(crop=4, flip=True))))
     assert x.shape == (16, 3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
-    held = load_data(name.lower(), root=tmp_path/cls.base_folder, valid=.25, seed=1)          # the folder itself may be named too
+    # the folder itself may be named too
+    held = load_data(name.lower(), root=tmp_path/cls.base_folder, valid=.25, seed=1)
     assert len(held.valid.labels) == round(.25*len(data.train.labels)) == len(data.train.labels) - len(held.train.labels)
 
 
@@ -83,13 +87,16 @@ def test_the_cifar_file_that_is_wrong_is_named(name, tmp_path, monkeypatch):
     for file in (cls.train_list[-1][0], cls.test_list[0][0], cls.meta['filename']):
         good = (base/file).read_bytes()
         (base/file).unlink()
-        with pytest.raises(FileNotFoundError, match=f'{key}: {base/file} is missing; unpack {cls.filename} again'): load_data(key, root=tmp_path)
+        with pytest.raises(FileNotFoundError, match=f'{key}: {base/file} is missing; unpack {cls.filename} again'):
+            load_data(key, root=tmp_path)
         for bad in (good[:-7], good[:-1] + bytes([good[-1] ^ 1]), b''):
             (base/file).write_bytes(bad)
-            with pytest.raises(ValueError, match=f'{key}: {base/file} is truncated or damaged'): load_data(key, root=tmp_path)
+            with pytest.raises(ValueError, match=f'{key}: {base/file} is truncated or damaged'):
+                load_data(key, root=tmp_path)
         (base/file).write_bytes(good)
     load_data(key, root=tmp_path)
-    with pytest.raises(FileNotFoundError, match=f'no folder {cls.base_folder} in {tmp_path/"elsewhere"}; give root='): load_data(key, root=tmp_path/'elsewhere')
+    with pytest.raises(FileNotFoundError, match=f'no folder {cls.base_folder} in {tmp_path/"elsewhere"}; give root='):
+        load_data(key, root=tmp_path/'elsewhere')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f'no folder {cls.base_folder} in data;'): load_data(key)
 
@@ -120,12 +127,13 @@ def test_cifar_is_fetched_when_asked(tmp_path, monkeypatch, serve):
     monkeypatch.setattr(cls, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
     here = tmp_path/'here'
     load_data('cifar10', root=here, download=True)
-    (here/cls.base_folder/cls.meta['filename']).write_bytes(b'')                              # torchvision would not fetch this one again
+    (here/cls.base_folder/cls.meta['filename']).write_bytes(b'')            # torchvision would not fetch this one again
     (here/cls.base_folder/'data_batch_3').unlink()
     data = load_data('cifar10', root=here, download=True)
     assert torch.equal(data.train.images, load_data('cifar10', root=tmp_path/'there').train.images)
     monkeypatch.setattr(cls, 'url', f'{address}/no.tar.gz')
-    with pytest.raises(OSError, match='cifar10: the download of .*no.tar.gz into .* failed: HTTP Error 404'): load_data('cifar10', tmp_path/'new', download=True)
+    with pytest.raises(OSError, match='cifar10: the download of .*no.tar.gz into .* failed: HTTP Error 404'):
+        load_data('cifar10', tmp_path/'new', download=True)
 
 
 # ImageNet: small folders in its layout
@@ -139,7 +147,8 @@ def folders(tmp_path):
         for c in 'n01', 'n02', 'n03':
             (tmp_path/split/c).mkdir(parents=True)
             for k in range(n):
-                image = Image.fromarray(rng.integers(0, 256, (int(rng.integers(40, 300)), int(rng.integers(40, 300)), 3), dtype=np.uint8))
+                image = Image.fromarray(rng.integers(0, 256, (int(rng.integers(40, 300)), int(rng.integers(40, 300)),
+                                                              3), dtype=np.uint8))
                 ending, mode = [('JPEG', 'RGB'), ('png', 'RGB'), ('JPEG', 'L'), ('JPEG', 'CMYK'), ('png', 'RGBA')][k]
                 image.convert(mode).save(tmp_path/split/c/f'{k}.{ending}')
     return tmp_path
@@ -149,7 +158,8 @@ def test_folders_without_chance_are_torchvisions(folders):
     "Evaluation: each image is what torchvision's reference transforms for ImageNet make of it"
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
-    theirs = ImageFolder(folders/'val', v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+    theirs = ImageFolder(folders/'val', v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.ToImage(),
+                                                    v2.ToDtype(torch.float32, scale=True),
                                                     v2.Normalize((.485, .456, .406), (.229, .224, .225))]))
     data = load_data('imagenet', root=folders)
     ours = list(data.loader('test', 4, workers=0))
@@ -168,10 +178,11 @@ def test_folders_crop_as_torchvision_does(folders):
     for i, name in enumerate(data.train.names):
         torch.manual_seed(sample_seed(3, 8, i))
         with Image.open(folders/'train'/name.decode()) as f:
-            expected = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()])(f.convert('RGB'))
+            expected = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(),
+                                   v2.PILToTensor()])(f.convert('RGB'))
         assert torch.equal(pictures[8, i][0], expected)
     ramp = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(64, 0)).convert('RGB')
-    ramp.save(folders/'train'/data.train.names[0].decode(), 'png')                       # brighter to the right, unless mirrored
+    ramp.save(folders/'train'/data.train.names[0].decode(), 'png')              # brighter to the right, unless mirrored
     pictures = Pictures(data.train, train=True, size=32)
     mirrored = sum(bool(x[0, 0, 0] > x[0, 0, -1]) for x in (pictures[e, 0][0] for e in range(400)))
     assert abs(mirrored - 200) < 4*10, mirrored
@@ -183,7 +194,8 @@ def test_folders_do_not_know_who_reads_them(folders):
     whole = make()
     passes = [list(whole) for _ in range(3)]
     assert [len(y) for _, y in passes[0]] == [5, 5, 2] and not torch.equal(passes[0][0][0], passes[1][0][0])
-    same = lambda a, b: len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b))
+    same = lambda a, b: len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y),
+                                                 (u, v) in zip(a, b))
     for workers in 1, 2:
         loader = make(workers=workers)
         assert all(same(list(loader), o) for o in passes)
@@ -197,7 +209,8 @@ def test_folders_do_not_know_who_reads_them(folders):
             for r, share in enumerate((one, two)):
                 assert torch.equal(share[0], passes[2][k][0][r::2]) and torch.equal(share[1], passes[2][k][1][r::2])
             assert len(one[1]) + len(two[1]) == whole.total(k)
-    seen, all_of_them = ({n for s in o for n in s} for o in ((data.train.names, data.valid.names), (load_data('imagenet', root=folders).train.names,)))
+    seen, all_of_them = ({n for s in o for n in s} for o in ((data.train.names, data.valid.names),
+                                                             (load_data('imagenet', root=folders).train.names,)))
     assert seen == all_of_them and len(data.valid.labels) == 3
 
 
@@ -212,7 +225,7 @@ def test_folders_name_the_unreadable_file(folders):
             with pytest.raises(ValueError, match=f'^{path} cannot be read as an image'): list(loader)
             path.write_bytes(good)
             loader.set_epoch(0)
-            assert len(list(loader)) == 4                                                # mended, the same loader goes on
+            assert len(list(loader)) == 4                                              # mended, the same loader goes on
             path.write_bytes(good[:int(cut*len(good))])
         path.write_bytes(good)
 

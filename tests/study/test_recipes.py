@@ -8,7 +8,7 @@ import dataclasses, math, struct
 import numpy as np
 import pytest
 import torch
-from tests.test_data import make_cifar
+from tests.lab.test_data import make_cifar
 
 import hyperflux.cli, hyperflux.study.rehearsal
 from hyperflux.core.pressure import cubic
