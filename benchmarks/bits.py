@@ -34,7 +34,8 @@ def stop_midway(package, run, out):
     "Ctrl-C once half of the epochs lie in a checkpoint"
     epochs = int((RUNS[run] + ['6'])[-1]) if '--epochs' in RUNS[run] else 6
     words, env = command(package, run, out)
-    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while process.poll() is None and rows(out) < epochs//2: time.sleep(.01)
     process.send_signal(signal.SIGINT)
     process.wait()

@@ -46,6 +46,7 @@ def text_of(
     of = lambda k: f"{k} {now[k]:,}" + f" of {now[f'{k}s']:,}"*whole
     parts = [of('epoch'), now['stage'], *[of('step')]*whole, f"loss {now['loss']:.3f}"]
     if 'accuracy' in now: parts.append(f"accuracy {now['accuracy']:.2f}%")
+    parts += [f'{name} {value:.4g}' for name, value in now.get('also', {}).items()]          # metrics of one's own
     if not whole: parts.append(f"{now['rate']:,.0f} images/s")
     if 'density' in now: parts.append(f"density {now['density']:.2%}")
     if 'pressure' in now: parts.append(f"pressure {now['pressure']:.3g}")
@@ -100,7 +101,7 @@ class Lines(Silent):
         self.stage = row['stage']
         if not (news or row['epoch'] % self.every == 0 or row['epoch'] == self.now['epochs']): return
         known = 'stage', 'loss', 'accuracy', *(k for k in ('density', 'pressure') if k in self.now)
-        self._say(self.now | {k: row[k] for k in known})
+        self._say(self.now | {k: row[k] for k in known} | {k: row[k] for k in ['also'] if k in row})
 
     def _say(self, now):
         self.last = self.clock()

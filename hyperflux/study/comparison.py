@@ -230,8 +230,9 @@ def merged(self:Comparison,
     other:Comparison, # Made with the same settings: a ValueError if not
 )->Comparison:
     "The runs of both; where both have one, the other's"
-    mine, theirs = (x.head['config'] | dict(split=x.head['split']) for x in (self, other))
-    if differing := [k for k in mine if mine[k] != theirs.get(k)]:
+    usual = dataclasses.asdict(Config())                    # a record that is older than a setting had its default
+    mine, theirs = (usual | x.head['config'] | dict(split=x.head['split']) for x in (self, other))
+    if differing := [k for k in mine if mine[k] != theirs[k]]:
         raise ValueError("these comparisons were made with different settings, and cannot stand in one table: "
                          + ', '.join(differing))
     newer = set(map(key_of, other.runs))
