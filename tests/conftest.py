@@ -15,7 +15,8 @@ root = Path(__file__).parents[1]
 # What takes longest is handed out first, so that no core works alone at the end; then the other files; then the other
 # pages, which are short. In seconds of a processor: 80 to 30
 SLOWEST = ('test_survival', 'tutorials/single_weights', 'test_benchmarks', 'test_processes', 'test_cli',
-           'tutorials/pruning_law', 'test_compare', 'study/11_comparison', 'study/05_train', 'tutorials/other_loops')
+           'test_recipes', 'test_files', 'tutorials/pruning_law', 'test_compact', 'test_compare',
+           'study/11_comparison', 'study/05_train', 'tutorials/other_loops')
 
 
 def rank(item):

@@ -68,6 +68,8 @@ def test_wrong_arguments_are_told():
     assert code == 2 and "no model 'lenet'; there are lenet300, resnet18" in text
 
 
+# The usual run does not ask whether the three loaders of the benchmark still give the same batches
+@pytest.mark.long
 def test_loaders_agree_and_leave_a_record(tmp_path):
     "The smoke run itself compares the batches of the two ways that share their draws."
     out = tmp_path/'loader.json'

@@ -82,12 +82,12 @@ def network(seed):
     return net.eval(), x
 
 
-@pytest.mark.parametrize('part', [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 6))])
+@pytest.mark.parametrize('part', [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 12))])
 def test_random_networks_stay_what_they_compute(part):
-    """80 networks, 240 with HYPERFLUX_LONG=1: equal to 1e-5 of the largest output, and where all is in float64 to
+    """20 networks, 240 with HYPERFLUX_LONG=1: equal to 1e-5 of the largest output, and where all is in float64 to
     1e-12; never an exception"""
     went = 0
-    for seed in range(part, 240, 6):
+    for seed in range(part, 240, 12):
         net, x = network(seed)
         before = copy.deepcopy(net.state_dict())
         small, report = compact(net, x)
@@ -98,7 +98,7 @@ def test_random_networks_stay_what_they_compute(part):
             assert relative_gap(net(other), small(other)) < 1e-5, seed
             if seed % 4 == 0: assert compact(net.double(), x.double(), tolerance=1e-12)[1].after == report.after, seed
         went += report.after < report.before
-    assert went > 25
+    assert went > 12
 
 
 class UNet(nn.Module):

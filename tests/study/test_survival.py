@@ -48,8 +48,8 @@ def quick(folder, *more): return [*arguments(QUICK, folder, epochs), *more]
 
 # Kills
 
-# The authors' controller, whose runs are the longest, is killed in the long run only
-@pytest.mark.parametrize('setting', [long(s) if 'authors' in s else s for s in SETTINGS])
+# The authors' controller and convolutions in bf16, whose runs are the longest, are killed in the long run only
+@pytest.mark.parametrize('setting', [long(s) if 'authors' in s or 'convolution' in s else s for s in SETTINGS])
 def test_killed_at_random_moments(runner, peace, folder, setting):
     "Also while it writes; resumed, the run ends as if it had been left in peace"
     whole, seconds = peace(setting)
