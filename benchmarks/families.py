@@ -20,7 +20,7 @@ import timm, torch, torchvision
 from torch import nn
 
 import hyperflux
-from hyperflux.deploy.channels import first_line
+from hyperflux.structure.walk import first_line
 from hyperflux.deploy.compact import compact, relative_gap
 
 from .common import fresh_process, provenance, resume, spelled, table, write_json

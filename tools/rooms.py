@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastcore.nbio import read_nb
 
 nbs = Path(__file__).resolve().parents[1]/'nbs'
-ROOMS = 'helpers', 'plots', 'core', 'lab', 'rivals', 'study', 'deploy', 'cli'       # a folder of nbs/, or a single page
+ROOMS = 'helpers', 'plots', 'core', 'structure', 'lab', 'rivals', 'study', 'deploy', 'cli'       # a folder of nbs/, or a single page
 
 
 class Page(NamedTuple):

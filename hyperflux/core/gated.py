@@ -13,7 +13,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .groups import Groups
 from .layout import prepare
 from .pruner import Pruner
 
@@ -32,7 +31,6 @@ class GatedPruner(Pruner):
         self.controller, self.landed, self._lent = controller, False, False
         self.gamma = controller.first if controller else 0.
         super().__init__(model, optimizer, **how)
-        self.groups = Groups(self.layout)
 
     @torch.inference_mode(False)
     def make_gates(self,
@@ -45,11 +43,13 @@ class GatedPruner(Pruner):
         "The flat vectors, their views by layer, and Adam over the views"
         L, G = self.layout, self.groups
         self.value, self.sensitivity = L.flat(), L.flat()                       # ω, and ω·g: over weights
-        self.gate = G.beside(self.mask) if gate is None else gate
+        self.gate = G.beside(self.mask) if gate is None else gate               # z, and what it is to the weights
+        self.scale = self.mask if gate is None else gate if G.single else L.flat(1.)
+        self.opened = self.gate if gate is None else G.beside(self.mask)        # 1 where the mask is open
         self.param, self.gate_grad = param, G.beside(self.sensitivity)
         self.moments = G.flat(), G.flat()
         self.values, self.sensitivities = L.views(self.value), L.views(self.sensitivity)
-        self.gate_params, self._gate_grads, self.gates = G.views(param), G.views(self.gate_grad), L.views(self.gate)
+        self.gate_params, self._gate_grads, self.gates = G.views(param), G.views(self.gate_grad), L.views(self.scale)
         torch._foreach_copy_(self.values, [w.detach() for w in L.weights])
         for a, g in zip(self.gate_params, self._gate_grads): a.grad = g
         fused = self.device.type in ('cpu', 'cuda', 'mps', 'xpu')
@@ -73,7 +73,7 @@ class GatedPruner(Pruner):
     def planned(self)->float:
         "The density that the trajectory wants by now; 1 without a target or without a trajectory"
         if self.sparsity is None or self.schedule is None: return 1.
-        target = self.keep/self.d
+        target = self.budget/self.groups.whole
         return target if self.landed else self.schedule(self.progress, self.dip*target)
     @property
     def stage(self)->str:
@@ -125,12 +125,13 @@ def show_gated(self:GatedPruner):
 @patch
 def step_gates(self:GatedPruner):
     "Moves the gates' parameters along what `gate_grad` holds by now"
-    for i in self.missing: self.gate_params[i].grad = None                      # no gradient: Adam leaves the gate
+    silent = self.groups.silent(self.missing) if self.missing else ()
+    for i in silent: self.gate_params[i].grad = None                            # no gradient: Adam leaves the gate
     # a fused Adam stays put where this is 1, and nobody waits
     if self.skip is not None: self.gate_optimizer.found_inf = self.skip
     self.gate_optimizer.step()
     if self.skip is not None: del self.gate_optimizer.found_inf
-    for i in self.missing: self.gate_params[i].grad = self._gate_grads[i]
+    for i in silent: self.gate_params[i].grad = self._gate_grads[i]
 
 # %% ../../nbs/core/14_gated.ipynb #ea092519
 @patch
@@ -201,7 +202,8 @@ def note_history(self:GatedPruner, stage, **more):
         raise FloatingPointError(f"the gates' parameters add up to {total} at step {self.step}: gradients held NaN or "
                                  "infinity; "
                                  "lower the learning rate, clip gradients, or use a GradScaler")
-    self.history.append(dict(step=self.step, stage=stage, density=self.present/self.d, **more, planned=self.planned,
+    density = self.groups.left(self.opened)/self.groups.whole
+    self.history.append(dict(step=self.step, stage=stage, density=density, **more, planned=self.planned,
                              pressure=self.gamma))
 
 @patch
@@ -209,6 +211,7 @@ def state_dict(self:GatedPruner)->dict: # Tensors, numbers and strings only
     "All that is needed to go on from here, of this process's part"
     self.adopt()
     own = {k: v.get_state() if isinstance(v := getattr(self, k), torch.Generator) else v for k in self.remembers}
+    if not self.groups.single: own['opened'] = self.opened
     return dict(Pruner.state_dict(self), value=self.value, moments=list(self.moments),
                 counts=[n.item() for n in self._counts],
                 lr=self.gate_optimizer.param_groups[0]['lr'], gamma=self.gamma, landed=self.landed,
@@ -227,4 +230,8 @@ def load_own(self:GatedPruner, state):
     self.gate_optimizer.param_groups[0]['lr'] = state['lr']
     self.gamma, self.landed, self.history = state['gamma'], state['landed'], list(state['history'])
     if self.controller: self.controller.load_state_dict(state['controller'])
+    if not self.groups.single:                                                  # whose gates are no part of the mask
+        self.opened.copy_(state['opened'])
+        self.groups.expand(self.opened, self.mask)
+        if self.gate is not self.opened: self.groups.expand(self.gate, self.scale)
     self.restore()

@@ -33,7 +33,7 @@ def gate_update(gate_grad, t, m, v, mask, pressure, rate, correction, slope, b1,
 # %% ../../nbs/core/17_hyperflux.ipynb #22343b8e
 class Hyperflux(GatedPruner):
     "Gates, flux and pressure around an optimiser's step: prunes to `sparsity` in `steps`, regrows, lands exactly"
-    remembers = 'presence',
+    remembers, takes_groups = ('presence',), True
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·H(t)
         optimizer:torch.optim.Optimizer, # Trains ω; any that takes one gradient a step
@@ -51,6 +51,8 @@ class Hyperflux(GatedPruner):
         meter:bool=False, # Keep a `FluxMeter` (13 bytes more per weight)
         compile:bool=False, # Fuse the update of the presences with torch.compile
         plan:Plan|None=None, # In place of sparsity and steps: of these settings
+        groups=None, # What a gate switches, such as `channels(model, example)`; None: a weight
+        cost=None, # What is to be removed: `weights`, `flops`, `bytes` or a `Latency`; None: `weights`
     ):
         S, plan = settings, sole_plan(plan, sparsity=sparsity, steps=steps) or settings.plan(steps, sparsity)
         if plan.sparsity is None and pressure is None:
@@ -58,26 +60,23 @@ class Hyperflux(GatedPruner):
                              "pressure= (a number or a function of progress)")
         if compile and S.sgd:
             raise ValueError("compile=True fuses Adam's update of the presences: leave it out with sgd=True")
+        if compile and groups is not None:
+            raise ValueError("compile=True fuses the update of single weights' presences; groups have few: leave it out")
         self.settings, self.schedule, self.dip, self._wish = S, S.trajectory, S.dip, as_number(pressure)
         first = self._pressure_at(0.)                                             # or it is refused here
-        super().__init__(model, optimizer, controller=S.controller(), targets=targets, ignore=ignore, plan=plan)
+        super().__init__(model, optimizer, controller=S.controller(), targets=targets, ignore=ignore, plan=plan,
+                         groups=groups, cost=cost)
         if first is not None: self.gamma = first
         if meter:
-            together = self.layout.reduce if self.layout.place else None
-            self.meter = FluxMeter(self.sizes, self.names, self.device, self.dtype, together)
-        self.presence = self.groups.flat()
-        self._first_presences(as_number(seed))
+            together = self.layout.reduce if self.layout.place and self.groups.single else None
+            self.meter = FluxMeter(self.groups.sizes, self.groups.names, self.device, self.dtype, together)
+        self.presence, g = self.groups.flat(), torch.Generator('cpu').manual_seed(as_number(seed))
+        self.groups.fill_(self.presence, lambda n: initial_presence(n, S.low, S.high, g, self.dtype))
         self.make_gates(self.presence, plan.lr, S.eps, sgd=S.sgd)
         self._count = 0                                        # presence steps so far; None once gates differ in theirs
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         with torch.inference_mode(False):
             self._scalars = [torch.zeros((), device=self.device, dtype=self.dtype) for _ in range(3)]
-
-    def _first_presences(self, seed):
-        "One layer at a time: of it, a process may need a part only"
-        S, g = self.settings, torch.Generator('cpu').manual_seed(seed)
-        for i, (p, t) in enumerate(zip(self.params, self.groups.views(self.presence))):
-            t.copy_(self.layout.piece(i, initial_presence(p.numel(), S.low, S.high, g, self.dtype)))
 
     def _pressure_at(self, progress)->float|None:
         "The pressure that was given, if one was"
@@ -87,28 +86,28 @@ class Hyperflux(GatedPruner):
 @patch
 def move(self:Hyperflux):
     if self.meter:
-        before, flux = self.mask.clone(), self.sensitivity*-self.settings.slope
+        before, flux = self.gate.clone(), self.gate_grad*-self.settings.slope
         if self.skip is not None: flux.masked_fill_(self.skip.bool(), 0.)       # a skipped step has no flux
     if self.missing or self.skip is not None: self._count = None     # from now on gates differ in their number of steps
     if self.resting: pass                                                       # presences and mask stand still
     elif self._compiled and self._count is not None: self._compiled_step()
     else:
-        self.gate_grad.mul_(self.settings.slope).add_(self.groups.share(self.gamma))            # ∂/∂t = c·ω·g + γ/d
+        self.groups.press_(self.gate_grad.mul_(self.settings.slope), self.gamma, self.gate)     # ∂/∂t = c·ω·g + γ/d
         self.step_gates()
         self._open()
-    if self.meter: self.meter.update(flux, before, self.mask)
+    if self.meter: self.meter.update(flux, before, self.gate)
 
 @patch
 def _open(self:Hyperflux):
     "H(t), and what it is to the weights"
-    torch.ge(self.presence, 0, out=self.gate)
+    self.groups.open(self.presence, self.gate)
     self.groups.expand(self.gate, self.mask)
 
 @patch
 def _compiled_step(self:Hyperflux):
     group, self._count = self.gate_optimizer.param_groups[0], self._count + 1
     b1, b2 = group['betas']
-    now = self.groups.share(self.gamma), group['lr']/(1 - b1**self._count), 1/(1 - b2**self._count)
+    now = self.gamma/self.groups.n, group['lr']/(1 - b1**self._count), 1/(1 - b2**self._count)
     for s, x in zip(self._scalars, now): s.fill_(x)
     self._compiled(self.gate_grad, self.presence, *self.moments, self.gate, *self._scalars, self.settings.slope, b1, b2,
                    group['eps'])
@@ -164,26 +163,26 @@ def _regrow(self:Hyperflux):
 def _refloat(self:Hyperflux):
     "Far below plan: back to it, before the network is empty"
     if not any(r['stage'] == 'refloated' for r in self.history):
-        warn(f"at step {self.step} of {self.steps} density is {self.present/self.d:.3g}, under half of the planned "
+        warn(f"at step {self.step} of {self.steps} density is {self.history[-1]['density']:.3g}, under half of the planned "
              f"{self.planned:.3g}: "
              "all presences are lifted to the plan; steps are too few for this sparsity, or the weights' learning rate "
              "too high")
     self.history[-1]['stage'] = 'refloated'
-    self._waterline(max(1, round(self.planned*self.d)))
+    self._waterline(self.planned*self.groups.whole)
     self.moments[0].zero_()                                                     # or momentum would sink them again
 
 @patch
-def _waterline(self:Hyperflux, keep):
-    self.groups.land_(self.presence, keep)
+def _waterline(self:Hyperflux, budget):
+    self.groups.land_(self.presence, budget)
     self._open()
     self.restore()
 
 @patch
 @torch.no_grad()
 def land(self:Hyperflux):
-    "Shifts all presences by one constant so that exactly `keep` weights are present, and fixes the topology"
+    "Shifts all presences by one constant so that what is present costs the budget, and fixes the topology"
     self.note_history('landing')                                                # what there is before it
-    self._waterline(self.keep)
+    self._waterline(self.budget)
     self.landed = True
 
 # %% ../../nbs/core/17_hyperflux.ipynb #715dc6f9

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'authors_ignore', 'lenet300', 'lenet5', 'resnet18', 'resnet50', 'vgg19', 'vgg_like', 'deit_t', 'deit_s',
-           'make_model', 'flops_by_module', 'flops']
+           'make_model', 'model_flops']
 
 # %% ../../nbs/lab/04_models.ipynb #ef3952e1
 from collections import OrderedDict
 
-import torch
 from torch import nn
 
-from ..helpers import accepted, did_you_mean, imported, in_eval, whole_number
+from ..helpers import accepted, did_you_mean, imported, whole_number
+from ..structure.cost import flops_by_module
 
 # %% ../../nbs/lab/04_models.ipynb #56fccae2
 def lenet300(
@@ -174,32 +174,7 @@ authors_ignore = { # Name → what `select` is to ignore
     name: ('conv_proj', 'heads') if name.startswith('deit') else () for name in MODELS}
 
 # %% ../../nbs/lab/04_models.ipynb #d6c2cbad
-def flops_by_module(
-    model:nn.Module, # On any device, `meta` too; left as it is
-    in_shape:tuple|None=None, # Of one input, without the batch: channels, height, width for images
-    batch:int=1, # Inputs at once
-    example:tuple|None=None, # In place of both: the inputs of one call, of which only shapes and types are looked at
-)->dict[str, int]: # Name of a module that runs → operations of it and all inside it; '' is the whole model
-    "Operations of a forward pass in evaluation mode, two for each multiply-add of a matrix product or convolution"
-    from torch.utils.flop_counter import FlopCounterMode
-    model = getattr(model, '_orig_mod', model)                            # of a compiled model: what was compiled
-    own = [*model.named_parameters(), *model.named_buffers()]
-    dtype = next((p.dtype for _, p in own if p.is_floating_point()), torch.float32)
-    if example is None: example = torch.empty(batch, *in_shape, dtype=dtype, device='meta'),
-    args = tuple(torch.empty_like(x, device='meta') if isinstance(x, torch.Tensor) else x for x in example)
-    no_values = {n: torch.empty_like(p, device='meta') for n, p in own}
-    try:
-        with in_eval(model), torch.no_grad(), torch.device('meta'), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, no_values, args)
-    except Exception as e:
-        said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        shapes = ', '.join(str(tuple(x.shape)) for x in args if isinstance(x, torch.Tensor))
-        raise ValueError(f"cannot count {type(model).__name__} for inputs of shape {shapes}: its forward pass has to "
-                         f"take them, and to run on the meta device, without looking at values ({said})") from e
-    counts = {n: sum(v.values()) for n, v in counter.get_flop_counts().items()}
-    return {'': counts.pop('Global', 0)} | {n.partition('.')[2]: v for n, v in counts.items() if '.' in n}
-
-def flops(
+def model_flops(
     model:nn.Module, # On any device, `meta` too; left as it is
     in_shape:tuple, # Of one input, without the batch: channels, height, width for images
     batch:int=1, # Inputs at once

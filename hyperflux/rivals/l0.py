@@ -53,7 +53,8 @@ STEERS = functools.partial(LogController, start=1., high=1e3, lead=.3, kd=0., re
 
 class L0(Targeted, GatedPruner):
     "Hard-concrete gates (Louizos, Welling and Kingma 2017), with λ steered along a plan, and an exact landing"
-    schedule, whole_weights, remembers = staticmethod(patient), True, ('alpha', 'z', 'noise')
+    schedule, whole_weights, takes_groups = staticmethod(patient), True, True
+    remembers = 'alpha', 'z', 'noise'
     span = 0., .6                               # of the run, in which gates are noisy: dense before, a fixed mask after
     def __init__(self,
         model:nn.Module, # Stays a plain module; its parameters hold θ = ω·z
@@ -89,16 +90,23 @@ class L0(Targeted, GatedPruner):
     def move(self):
         if self.step < self.plan.begin: return
         p = open_probability(self.alpha)
-        self.gate_grad.mul_(gate_slope(self.z)).add_(p*(1 - p), alpha=self.groups.share(self.gamma))
+        self.groups.press_(self.gate_grad.mul_(gate_slope(self.z)), self.gamma, p, p*(1 - p))
         self.step_gates()
-        self.z.copy_(hard_concrete(self.alpha, self.z.uniform_(generator=self.noise)))      # for the next forward pass
-        torch.gt(self.alpha, -math.log(11), out=self.mask)                                  # where ẑ > 0
+        torch.gt(self.alpha, -math.log(11), out=self.opened)                                # where ẑ > 0
+        self.show(hard_concrete(self.alpha, self.z.uniform_(generator=self.noise)))         # for the next forward pass
+    def show(self, z):
+        "These gates, and what they are to the weights"
+        self.z.copy_(z)
+        self.groups.expand(self.opened, self.mask)
+        self.groups.expand(self.z, self.scale)
 
 # %% ../../nbs/rivals/04_l0.ipynb #adac05f9
 @patch(as_prop=True)
 def expected(self:L0)->float:
     "Expected density; once landed, the density"
-    return self.present/self.d if self.landed else open_probability(self.alpha).mean().item()
+    if self.landed: return self.groups.left(self.opened)/self.groups.whole
+    p = open_probability(self.alpha)
+    return p.mean().item() if self.groups.single else self.groups.left(p)/self.groups.whole
 
 @patch
 def advance(self:L0):
@@ -115,13 +123,18 @@ def land(self:L0):
     if self.landed: return
     self.adopt()
     self.note_history('landing', expected=self.expected)                    # what there is before it
-    if self.present < self.keep/2:
-        warn(f"at the landing only {self.present:,} gates are open of the {self.keep:,} weights to keep, "
+    left = self.groups.left(self.opened)
+    if left < self.budget/2:
+        warn(f"at the landing open gates have only {left:,.0f} of the {self.budget:,.0f} {self.groups.unit} to keep, "
              "and the others begin at zero: λ has overshot, with too few noisy steps "
              "for this sparsity, or too little for the network to learn")
-    self.value.mul_(sure_gate(self.alpha))
-    self.mask.copy_(top(self.alpha, self.keep))
-    self.z.copy_(self.mask)
+    self.groups.expand(sure_gate(self.alpha), self.scale)
+    self.value.mul_(self.scale)
+    if self.groups.single: self.opened.copy_(top(self.alpha, self.keep))
+    else:
+        self.groups.land_(order := self.alpha.clone(), self.budget)
+        self.opened.copy_(order >= 0)
+    self.show(self.opened)
     self.gamma, self.landed = 0., True
     self.restore()
 
@@ -129,4 +142,7 @@ def land(self:L0):
 @patch
 def deterministic(self:L0):
     "For an evaluation in mid-run: the weights are ω·ẑ inside, and what they were after it"
-    return nullcontext() if self.landed else self.lent(sure_gate(self.alpha))
+    if self.landed: return nullcontext()
+    gates = self.layout.flat(1.)
+    self.groups.expand(sure_gate(self.alpha), gates)
+    return self.lent(gates)

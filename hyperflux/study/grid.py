@@ -18,7 +18,8 @@ from ..core.selection import select
 from ..helpers import atomic, origin
 from ..lab.checkpoint import checkpoints, read_checkpoint, write_checkpoint
 from ..lab.datasets import load_data
-from ..lab.models import flops_by_module, make_model
+from ..structure.cost import flops_by_module
+from ..lab.models import make_model
 from ..rivals.registry import METHODS, check_shared, method
 from .jobs import Job, run_jobs
 from .config import Config

@@ -12,7 +12,7 @@ import torch
 
 from ..helpers import did_you_mean, format_table
 from ..lab.datasets import shape_of
-from ..lab.models import flops, make_model
+from ..lab.models import make_model, model_flops
 from .config import Config
 
 # %% ../../nbs/study/02_recipes.ipynb #6b0d9477
@@ -87,7 +87,7 @@ def cost(
     "An estimate of what a run will take"
     shape, classes, n = shape_of(config.data, config.size)
     with torch.device('meta'): model = make_model(config.model, classes, shape)
-    forward, images = flops(model, shape), n*config.epochs
+    forward, images = model_flops(model, shape), n*config.epochs
     return dict(weights=sum(p.numel() for p in model.parameters()), gflop=forward/1e9, images=images,
                 pflop=3*forward*images/1e15, hours=3*forward*images/rate/3600)
 

@@ -4,9 +4,9 @@ import contextlib, copy, json, logging, sys, threading, warnings
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 
-from hyperflux.deploy.channels import Channels
+from hyperflux.structure.walk import Channels
 from hyperflux.deploy.compact import compact, relative_gap
-from hyperflux.deploy.rules import RULES, Value, rule
+from hyperflux.structure.rules import RULES, Value, rule
 
 def noise(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 IMAGE, ROW = noise(1, 2, 3, 8, 8), noise(2, 4, 6)
