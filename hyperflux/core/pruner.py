@@ -13,12 +13,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from .driving import Driven, warn
-from .groups import Groups
+from .groups import Groups, choose
 from .layout import check_current, cut_by, holders, layout_of, local, prepare
 from .norms import norms_text, rate_text, stale_norms
 from .optimizers import check_optimizer
 from .plan import Plan, sole_plan
-from .selection import dense_matrices, dense_text, namesakes, select
+from .selection import dense_matrices, dense_text, namesakes
 from .tally import Tally
 
 # %% ../../nbs/core/13_pruner.ipynb #7286582b
@@ -30,7 +30,6 @@ class Guards:
             self.start()
         if self.seen is None or self.step < 2 or self.due(200) or self.step + 1 >= self.steps: self.look()
         if self.versions() != self.seen:
-            # on the device
             strays = sum(((w != 0) & (g == 0)).count_nonzero() for w, g in zip(self.layout.weights, self.gates))
             self.resync()                                                         # which may refuse
             self._strays = strays if self._strays is None else self._strays + strays
@@ -45,10 +44,8 @@ class Guards:
         if strays is None or 'strays' in self._said or not (n := int(strays)): return
         self._said.add('strays')
         warn(f"{n:,} absent weights were not zero before step {self.step + 1}: somebody has written weights since the "
-             "last step "
-             "(a checkpoint, an average, clipping, another optimiser). They are zeroed in each step; what is evaluated "
-             "or saved "
-             "in between has them, unless pruner.apply_mask() is called first")
+             "last step (a checkpoint, an average, clipping, another optimiser). They are zeroed in each step; what is "
+             "evaluated or saved in between has them, unless pruner.apply_mask() is called first")
 
     def look_at_norms(self, *kinds):
         found = {n: why for n, why in stale_norms(self.model).items() if why in kinds}
@@ -67,9 +64,8 @@ class Guards:
     def gradients(self)->list: # One for each weight, of what is here; None where there is none
         grads = self.layout.gradients
         if any(g is not None and g.requires_grad for g in grads):
-            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants: it would "
-                               "differentiate at weights that "
-                               "the pruner has exchanged; use an optimiser that takes gradients alone")
+            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants: it would differentiate "
+                               "at weights that the pruner has exchanged; use an optimiser that takes gradients alone")
         return grads
 
     def uphill(self)->list[int]:
@@ -106,20 +102,20 @@ class Pruner(Guards, Driven, Tally):
         self.plan = sole_plan(plan, sparsity=sparsity, steps=steps) or Plan(sparsity, steps)
         self.model, self.optimizer, self.step, self.history = model, optimizer, 0, []
         prepare(model)
-        weights = select(model, targets, ignore) if groups is None else self._grouped(groups, targets, ignore)
+        weights = choose(self, targets, ignore, groups)
         self.names, self.params = list(weights), list(weights.values())
         self.total = sum(p.numel() for p in model.parameters())
         self.layout = layout_of(self.params)
         self._check(weights)
         self.d, self.sizes = self.layout.d, self.layout.sizes
         self.device, self.dtype = self.layout.device, self.layout.dtype
-        if groups is None: self.groups = Groups(self.layout, self.names)
-        else: self.groups = groups.bind(self.layout, self.names, cost)
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        self.groups = groups.bind(self.layout, self.names, cost, shapes) if groups else Groups(self.layout, self.names)
         self.budget, self._held = self.groups.budget(self.plan), holders(model)
         self.mask = self.layout.flat(1.)
         self.masks = self.gates = self.layout.views(self.mask)
         self.in_step, self._started, self._strays, self._said, self._rate = False, False, None, set(), None
-        if groups is None and (text := dense_text(dense_matrices(model, weights, targets, ignore), self.total)): warn(text)
+        if groups is None: self._tell_dense(targets, ignore)
         self.look_at_norms('momentum 0', 'frozen statistics', *['evaluation mode']*model.training)
         self.attach()
 
@@ -129,20 +125,13 @@ class Pruner(Guards, Driven, Tally):
         by = next(filter(None, map(cut_by, self.params)), '')
         if self.whole_weights and by:
             raise ValueError(f"{type(self).__name__} works on whole weights, and these are cut by {by}: use DDP, or a "
-                             "method that works on parts, "
-                             "such as Hyperflux")
+                             "method that works on parts, such as Hyperflux")
         if len({p.device for p in self.params}) > 1:
             raise ValueError("the chosen weights lie on several devices; a pruner works on one: choose with targets=")
 
-    def _grouped(self, groups, targets, ignore):
-        "The weights that hang on them"
-        if not self.takes_groups:
-            raise ValueError(f"{type(self).__name__} removes single weights: leave out groups=, or take a method that "
-                             "removes groups, such as Hyperflux")
-        if targets is not None or ignore != ():
-            raise ValueError("groups= says which weights hang on gates: choose there, as in "
-                             "channels(model, example, ignore=...), not with targets= or ignore= beside it")
-        return groups.weights(self.model)
+    def _tell_dense(self, targets, ignore):
+        left = dense_matrices(self.model, dict(zip(self.names, self.params)), targets, ignore)
+        if text := dense_text(left, self.total): warn(text)
 
     @property
     def sparsity(self)->float|None: return self.plan.sparsity
@@ -150,8 +139,7 @@ class Pruner(Guards, Driven, Tally):
     def steps(self)->int: return self.plan.steps
     @property
     def stage(self)->str: return 'training' if self.step < self.steps else 'done'
-    # is it time for one of so many looks in the run?
-    def due(self, times:int)->bool: return self.plan.due(self.step, times)
+    def due(self, times:int)->bool: return self.plan.due(self.step, times)      # one of so many looks in the run?
     def versions(self)->list: return self.layout.versions
     def fingerprint(self)->tuple: return self.versions(), [w.detach().sum().item() for w in self.layout.weights]
     @property
@@ -167,8 +155,7 @@ class Pruner(Guards, Driven, Tally):
 
     # What a method may say, beside what `Driven` asks
     def begin_pruning(self): pass
-    # were weights changed in a way that PyTorch does not count, if that matters?
-    def written_unseen(self, look:bool)->bool: return False
+    def written_unseen(self, look:bool)->bool: return False         # were weights changed, and PyTorch does not count it?
     def resync(self): self.apply_mask()
     def after_step(self): self.show_gated()
     def show_gated(self): self.zero(self.layout.weights, self.gates)
@@ -244,16 +231,14 @@ def _check_same(state, mine):
                              f"{mine[key]!r}")
     if state.get('order', mine['order']) != mine['order']:
         raise ValueError("the weights of this state lie in memory in another order: bring the model to the same "
-                         "memory_format "
-                         "(channels_last, say) before the pruner is made")
+                         "memory_format (channels_last, say) before the pruner is made")
 
 def _check_asked(state, mine):
     "It goes on with the same goal; states of version 0.1 say sparsity and steps, and no more"
     for key, theirs in ({k: state.get(k) for k in ('sparsity', 'steps')} | state.get('asked', {})).items():
         if key in mine['asked'] and theirs != mine['asked'][key]:
             raise ValueError(f"this state goes on with {key}={theirs!r}, and this pruner was asked for "
-                             f"{key}={mine['asked'][key]!r}: "
-                             "make the pruner as it was, or begin anew without the state")
+                             f"{key}={mine['asked'][key]!r}: make the pruner as it was, or begin anew without the state")
 
 def _check_whole(state, mine):
     "It has all there should be, in the same shapes"

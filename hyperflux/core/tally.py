@@ -76,7 +76,8 @@ def remaining(self:Tally)->float:
 # %% ../../nbs/core/12_tally.ipynb #8e0d0009
 @patch
 def layers(self:Tally)->list[dict]: # layer, shape, weights, left, density; the total in the last row
-    "What is left in the model, per layer"
+    "What is left in the model, per layer; of groups, in the network without those that are gone"
+    if not self.groups.single: return self.groups.layers(self.groups.found(self.current()))
     left = self.counted()[0].tolist()
     rows = [dict(layer=n, shape=tuple(p.shape), weights=p.numel(), left=k, density=k/p.numel())
             for n, p, k in zip(self.names, self.params, left)]

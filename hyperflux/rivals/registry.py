@@ -33,6 +33,7 @@ class Method:
     plan:Callable = until_share          # plan(config, steps) → Plan; steps: from its beginning on. Refuses what it can
     untrained:bool = False                  # begins at the first step; else after dense training
     trainings:Callable = lambda sparsity: 1 # how many trainings share the run: the learning rate starts anew in each
+    groups:bool = False                     # can remove groups of weights; make finds them, or ignore, in run.chosen
     sees:str = ''                           # what its choice of weights rests on
     when:str = ''                           # when it chooses
     paper:str = ''
@@ -44,9 +45,9 @@ def method_of(
     **facts, # As of `Method`: untrained, trainings, sees, when, paper
 )->Method:
     "A class as a method"
-    def make(run, plan): return kind(run.model, run.optimizer, plan=plan, ignore=run.config.ignored, **more(run))
+    def make(run, plan): return kind(run.model, run.optimizer, plan=plan, **run.chosen, **more(run))
     def plan(config, steps): return kind.make_plan(config.sparsity, steps, None if own_span else (0, config.share))
-    return Method(make, plan, **facts)
+    return Method(make, plan, groups=kind.takes_groups, **facts)
 
 # %% ../../nbs/rivals/06_registry.ipynb #d518259f
 def first_images(
@@ -71,14 +72,14 @@ def first_images(
 def _hyperflux(run, plan):
     c = run.config
     return Hyperflux(run.model, run.optimizer, plan=plan, settings=c.settings(), seed=c.seed, meter=True,
-                     compile=run.compile, ignore=c.ignored)
+                     compile=run.compile and not c.groups, **run.chosen)
 def _settled(config, steps): return config.settings().plan(steps, config.sparsity)
 def _seed(run): return dict(seed=run.config.seed)
 def _some(run): return dict(batch=lambda: first_images(run, 128))
 def _ten_each(run): return dict(batch=lambda: first_images(run, 10, run.data.n_classes))
 
 METHODS = { # Name → Method
-    'hyperflux': Method(_hyperflux, _settled, sees='gradient times weight, of present and absent weights',
+    'hyperflux': Method(_hyperflux, _settled, groups=True, sees='gradient times weight, of present and absent weights',
                         when='every step', paper='arXiv 2504.05349'),
     'authors': Method(_hyperflux, _settled, sees='gradient times weight, of present and absent weights',
                       when='every step', paper='arXiv 2504.05349, their settings'),

@@ -46,7 +46,7 @@ class Cost:
         fixed:float=0., # What hangs on no term
         device='cpu',
     ):
-        self.n, self.fixed = n, fixed
+        self.n, self.fixed, self.names = n, fixed, [t.name for t in terms]
         self.unit = getattr(price, 'unit', getattr(price, '__name__', 'cost'))
         self.price = price(terms, device)
         like = dict(dtype=torch.float64, device=device)

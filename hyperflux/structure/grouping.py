@@ -43,9 +43,11 @@ class Grouping:
 
     def bind(self, layout, names,
         cost:Callable|None=None, # Such as `flops`; None: `weights`
+        shapes:dict|None=None, # Of all weights by name, for tables
     )->Members:
         "For a pruner's weights"
-        return Members(layout, names, self.members, self.banks, lambda device: self.cost(cost, device), self.multiple)
+        priced = lambda price, device: self.cost(price or cost, device)
+        return Members(layout, names, self.members, self.banks, priced, self.multiple, shapes)
 
     def cost(self,
         price:Callable|None=None, # Such as `flops`; None: `weights`

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.groups import Groups
 from ..core.layout import Whole, cut_by
 from .budget import affordable, settle_
+from .cost import weights
 
 # %% ../../nbs/structure/05_members.ipynb #5c0c0006
 class Member(NamedTuple):
@@ -121,12 +122,13 @@ class Members(Groups):
         names:list[str], # Of its layers
         members:list[Member], # At least one for each layer
         banks:list[Bank], # All gates, in order
-        cost, # Device → `Cost`
+        cost, # (price, device) → `Cost`; price None: what the budget is in
         multiple:int=1, # By how many gates a bank may change at the landing
+        shapes:dict|None=None, # Of the weights that the cost speaks of, for tables
     ):
-        self.layout, self.banks, self.multiple = layout, banks, multiple
+        self.layout, self.banks, self.multiple, self.shapes = layout, banks, multiple, shapes or {}
         self.names, self.sizes = [b.name for b in banks], [b.n for b in banks]
-        self.cost, self._cost = cost(layout.device), cost('cpu')
+        self.priced, self.cost, self._cost = cost, cost(None, layout.device), cost(None, 'cpu')
         self.n, self.whole, self.unit = sum(self.sizes), self._cost.whole, self._cost.unit
         self.places = Places(layout, [[m.index for m in members if m.name == k] for k in names], self.n)
         self.floats = _Floors(self.sizes, [b.floor for b in banks], layout.device)
@@ -156,6 +158,17 @@ class Members(Groups):
     def widths(self, gates:Tensor)->list[dict]: # bank, gates, open
         "How many gates of each bank are open"
         return [dict(bank=b.name, gates=b.n, open=int(g.sum())) for b, g in zip(self.banks, self.views(gates))]
+    def layers(self, gates:Tensor)->list[dict]: # layer, shape, weights, left, density; the total in the last row
+        "Weights of each layer, and how many a network without the shut gates would have"
+        cost = self.priced(weights, 'cpu')
+        now, all_ = cost.layers(gates.cpu()).tolist(), cost.layers(torch.ones(self.n)).tolist()
+        rows = {}
+        for name, a, b in zip(cost.names, all_, now):
+            r = rows.setdefault(name, dict(layer=name, shape=self.shapes.get(name, ()), weights=0, left=0))
+            r['weights'], r['left'] = r['weights'] + round(a), r['left'] + round(b)
+        rows = [*rows.values()] + [dict(layer='other', shape=(), weights=k, left=k) for k in [round(cost.fixed)] if k]
+        total = dict(layer='total', shape=(), **{k: sum(r[k] for r in rows) for k in ('weights', 'left')})
+        return [r | dict(density=r['left']/max(1, r['weights'])) for r in [*rows, total]]
     def text(self, gates:Tensor)->str:
         "Widths, and what hangs on no gate"
         widths = ', '.join(f"{r['bank'] or 'model'} {r['gates']}→{r['open']}" for r in self.widths(gates))

@@ -15,7 +15,8 @@ from ..core.control import LogController
 from ..core.settings import Settings, authors
 from ..core.pressure import check_sparsity, cubic, early, exponential, linear
 from ..helpers import as_number, did_you_mean
-from ..rivals.registry import method
+from ..rivals.registry import METHODS, method
+from ..structure.named import form_of, price_of
 from .measure import named, own_metrics
 
 # %% ../../nbs/study/01_config.ipynb #4888673d
@@ -30,6 +31,10 @@ class Config:
     task:str = 'lenet'                  # whose settings method=authors takes: lenet, cifar or imagenet
     sparsity:float = .98                # fraction of the prunable weights to remove, in [0, 1)
     ignore:str = ''                     # layers to leave dense: names, types or re:patterns, separated by commas
+    # what a gate switches: '' a weight, channels, or another of FORMS (blocks:4:4, nm:2:4), or package.module:function
+    groups:str = ''
+    cost:str = 'weights'                # of what sparsity is a share: weights, flops, or package.module:name
+    multiple:int = 1                    # groups: widths become multiples of it, such as 8
     metric:str = 'accuracy'             # what tables show: accuracy, top5 or package.module:function (outputs, targets)
     seed:int = 0                        # of the network, the order of the images and the gates
 
@@ -141,7 +146,7 @@ def _authors(config): return authors(config.prune_epochs, config.regrow_epochs, 
 # %% ../../nbs/study/01_config.ipynb #586b4ea3
 _CHOICES = dict(optimizer=('adam', 'adamw', 'sgd'), schedule=('cosine', 'step'),
                 precision=('float32', 'bf16', 'fp16'), task=('lenet', 'cifar', 'imagenet'))
-_LEAST = (dict.fromkeys(('prune_epochs', 'batch_size', 'accumulate'), 1)
+_LEAST = (dict.fromkeys(('prune_epochs', 'batch_size', 'accumulate', 'multiple'), 1)
           | dict.fromkeys(('dense_epochs', 'regrow_epochs', 'crop', 'cutout', 'size'), 0)
           | dict.fromkeys(('warmup_epochs', 'weight_decay', 'clip', 'momentum'), 0))
 _RATES = [f'{stage}{end}_lr' for stage in ('dense', 'prune', 'regrow') for end in ('', '_final')]
@@ -153,7 +158,8 @@ def _check(c):
     check_sparsity(c.sparsity)
     for f in fields: _check_type(f, getattr(c, f.name))
     for k, known in _CHOICES.items(): _check_choice(k, getattr(c, k), known)
-    method(c.method), own_metrics(c.metric), c.gates
+    method(c.method), own_metrics(c.metric), c.gates, form_of(c.groups), price_of(c.cost)
+    _check_groups(c)
     for k, least in _LEAST.items(): _at_least(least, k, getattr(c, k))
     for k in _RATES:
         if not 0 < getattr(c, k) < math.inf: raise ValueError(f"{k} is a learning rate above 0: got {getattr(c, k)}")
@@ -161,6 +167,15 @@ def _check(c):
         if not 0 <= getattr(c, k) < 1: raise ValueError(f"{k} is a fraction in [0, 1): got {getattr(c, k)}")
     if c.accumulate > c.batch_size:
         raise ValueError(f"accumulate={c.accumulate} divides a batch of {c.batch_size} images: ask for at most that")
+
+def _check_groups(c):
+    if c.groups and not method(c.method).groups:
+        able = ', '.join(k for k, m in METHODS.items() if m.groups)
+        raise ValueError(f"method {c.method} removes single weights, and groups={c.groups!r} were asked for: take one of "
+                         f"{able}, or leave groups out")
+    if not c.groups and (c.cost, c.multiple) != ('weights', 1):
+        raise ValueError("cost and multiple are for groups, and none were asked for: add groups='channels', or "
+                         "groups='single' for single weights at the price of their layers")
 
 def _own_number(kind, value):
     "NumPy's and PyTorch's numbers as Python's, since the record is hashed and written as JSON"

@@ -102,7 +102,7 @@ def check_cells(
                 raise ValueError(f"no checkpoint at {c.weights}; weights= names the file of a dense network, "
                                  "'' starts from chance")
             plan = method(c.method).plan(c, (c.epochs - c.start)*-(-n//c.batch_size))
-            plan.keep(weights(c.model, tuple(c.ignored), *sizes))
+            if not c.groups: plan.keep(weights(c.model, tuple(c.ignored), *sizes))
         except ValueError as e: raise ValueError(f"{cell}: {e}") from e
 
 def _prunable(model, ignore, n_classes, in_shape):
@@ -117,7 +117,8 @@ def dense_config(
     c:Config,
 )->Config: # The same for all cells with the same dense training
     "The run whose first epochs a cell shares"
-    return dataclasses.replace(c, method='magnitude', sparsity=.5, task='lenet', prune_epochs=1, regrow_epochs=0)
+    plain = dict(groups='', cost='weights', multiple=1)
+    return dataclasses.replace(c, method='magnitude', sparsity=.5, task='lenet', prune_epochs=1, regrow_epochs=0, **plain)
 
 def train_dense(
     c:Config, # Of a cell
@@ -171,6 +172,7 @@ def row(
     "What a finished run says"
     c, s = cell.config, read_summary(Path(out)/cell.config.name)
     dense, sparse = inference_flops(c.model, s['layers'], data)
+    if 'cost' in s: sparse = s['cost']['flops_left']
     counts = dict(left=s['left'], asked=s['keep'], weights=s['weights'], epochs=c.epochs, steps=made['steps'])
     cost = dict(training_flops=3*dense*made['images'], inference_flops=sparse, dense_flops=dense,
                 seconds=round(s['seconds'], 1), cpu_seconds=round(made['cpu_seconds'], 1))

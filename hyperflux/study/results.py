@@ -22,6 +22,7 @@ from ..lab.models import make_model
 from ..lab.weights import load_weights
 from ..plots import BLUE, COLORS, shade_stages
 from ..rivals.registry import method
+from ..structure.cost import flops
 from .measure import metric_name
 from .config import Config
 
@@ -86,12 +87,21 @@ def summary(
 )->dict: # Numbers and the layers' rows
     "What the run asked for and what it reached"
     c, p, rows, last = run.config, run.pruner, run.pruner.layers(), run.history[-1]
-    left, name = rows[-1]['left'], metric_name(c.metric)
+    left, name, G = rows[-1]['left'], metric_name(c.metric), p.groups
+    grouped = {} if G.single else dict(cost=_cost(p), widths=G.widths(G.found(p.current())))
+    reached = 1 - left/p.d if G.single else 1 - grouped['cost']['left']/G.whole
     score = {} if name == 'accuracy' else dict(score=dict(name=name, dense=run.dense_score, pruned=last[name]))
     return dict(config=dataclasses.asdict(c), in_shape=list(run.data.in_shape), n_classes=run.data.n_classes,
                 dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'], **score,
-                split='valid' if c.valid else 'test', sparsity_asked=c.sparsity, sparsity_reached=1 - left/p.d,
-                keep=p.keep, left=left, present=p.present, differs=p.differs(), weights=p.d, layers=rows)
+                split='valid' if c.valid else 'test', sparsity_asked=c.sparsity, sparsity_reached=reached,
+                keep=p.keep, left=left, present=p.present, differs=p.differs(), weights=rows[-1]['weights'],
+                layers=rows, **grouped)
+
+def _cost(p):
+    "What is left of what groups cost, and of operations, whatever the budget was in"
+    gates, by = p.groups.found(p.current()), p.groups.priced(flops, 'cpu')
+    return dict(unit=p.groups.unit, whole=p.groups.whole, asked=p.budget, left=p.groups.left(gates),
+                flops=by.whole, flops_left=by.left(gates.cpu()).item())
 
 def summary_text(
     s:dict, # From `summary`
@@ -105,6 +115,14 @@ def summary_text(
     wide = max(24, *(len(a) + 2 for a, _ in rows))
     return '\n'.join(f'{a:<{wide}}{b:>20}' for a, b in rows) + f'\n\n{table}{end}'
 
+def _counts(s):
+    "What was asked for in numbers, and what is left"
+    weights = 'weights left', f"{s['left']:,} of {s['weights']:,}"
+    if 'cost' not in s: return [('weights asked', f"{s['keep']:,}"), weights]
+    c = s['cost']
+    return [(f"{c['unit']} asked", f"{c['asked']:,.0f}"), (f"{c['unit']} left", f"{c['left']:,.0f} of {c['whole']:,.0f}"),
+            *[weights]*(c['unit'] != 'weights')]
+
 def _rows(s):
     "What is asked most, in words"
     split, first = s['split'], 'untrained' if method(s['config']['method']).untrained else 'dense'
@@ -113,7 +131,7 @@ def _rows(s):
     if 'score' in s: rows += [(f"{split} {s['score']['name']}, {k}", f"{s['score'][v]:.4g}")
                               for k, v in ((first, 'dense'), ('pruned', 'pruned'))]
     rows += [('sparsity asked', f"{s['sparsity_asked']:.4%}"), ('sparsity reached', f"{s['sparsity_reached']:.4%}"),
-             ('weights asked', f"{s['keep']:,}"), ('weights left', f"{s['left']:,} of {s['weights']:,}")]
+             *_counts(s)]
     for k, name in dict(dense='model.safetensors', compressed='the same, compressed').items():
         if 'sizes' in s: rows.append((name, f"{s['sizes'][k]/1e3:,.1f} kB"))
     if 'seconds' in s: rows.append(('training time', duration(s['seconds'])))

@@ -23,6 +23,7 @@ from ..lab.models import make_model
 from ..lab.processes import World, wrap
 from ..lab.weights import check_shared, load_weights
 from ..rivals.registry import method
+from ..structure.named import form_of, price_of
 from .measure import evaluate as measure, own_metrics
 from .config import Config, learning_rate
 from .results import same_settings, summary, summary_text
@@ -47,7 +48,7 @@ class Run:
         self.model.to(self.device, memory_format=self.layout)
         self._make_loaders()
         self.steps = (c.epochs - c.start)*len(self.train_loader)                # with the method
-        select(self.model, ignore=c.ignored)                                    # what cannot be pruned says so now
+        self.chosen = self._choose()                                            # what cannot be pruned says so now
         self.plan, self.metrics = method(c.method).plan(c, self.steps), own_metrics(c.metric)
         self.epoch, self.batch, self.loss, self.history = 0, 0, 0., []          # how far it is
         self.seconds, self.cpu_seconds, self.flux = 0., 0., None
@@ -103,6 +104,17 @@ def new_optimizer(self:Run):
     skips = c.optimizer == 'sgd' and self.scaler.is_enabled()
     fused = self.device.type in ('cpu', 'cuda') and not skips
     self.optimizer = kind(groups, lr=learning_rate(c, self.epoch), weight_decay=c.weight_decay, fused=fused, **more)
+
+@patch
+def _choose(self:Run)->dict: # As a pruner takes it
+    "What is to be pruned: weights, or groups of them and what they cost"
+    c = self.config
+    if not c.groups:
+        select(self.model, ignore=c.ignored)
+        return dict(ignore=c.ignored)
+    form, price = form_of(c.groups), price_of(c.cost)
+    example = torch.zeros(2, *self.data.in_shape, device=self.device)
+    return dict(groups=form(self.model, example, ignore=c.ignored, multiple=c.multiple), cost=price)
 
 @patch
 def make_pruner(self:Run):
