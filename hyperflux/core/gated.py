@@ -197,7 +197,7 @@ def _check_lent(self:GatedPruner):
 @patch
 def note_history(self:GatedPruner, stage, **more):
     "A row of history, for stage, density, plan and pressure; FloatingPointError if the gates have lost their way"
-    total = self.layout.sum(self.param).item()
+    total = self.groups.total(self.param).item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the gates' parameters add up to {total} at step {self.step}: gradients held NaN or "
                                  "infinity; "

@@ -39,6 +39,9 @@ class Groups:
         for i, (p, t) in enumerate(zip(self.layout.params, self.views(gates))):
             t.copy_(self.layout.piece(i, draw(p.numel())))
 
+    def total(self, gates:Tensor)->Tensor: # One number
+        "The sum of a vector over all gates, over all processes"
+        return self.layout.sum(gates)
     def beside(self, weights:Tensor)->Tensor: # [gates here]; here: the same tensor
         "A vector over all gates, for what a vector over all weights is expanded from or summed into"
         return weights
