@@ -15,6 +15,7 @@ from torch import nn
 from ..structure.walk import evaluating
 from .compact import Compaction, compact
 from .files import save_sparse
+from .network import save_network
 from .onnx import export_onnx
 from .operations import dense_bytes, energies, how_many, inputs_of, length_of, operations, samples_of
 from .report import DeployReport, plot_deploy, quartiles
@@ -46,6 +47,10 @@ def _session(model, args, path, batches):
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider']), made['batch']
 
+def _run(session, x):
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), x)}
+    return lambda: session.run(None, feed)
+
 def _compile(net, x):
     "By torch.compile, which has compiled when this returns"
     torch._dynamo.reset()
@@ -53,7 +58,7 @@ def _compile(net, x):
     fast(*x)
     return fast
 
-def _forms(model, small, x, compiled, onnx, parts):
+def _forms(model, small, x, compiled, sessions, parts):
     "Name → call on x, for each form that there is; form → another that is the same; what `sparsify` says"
     b, calls, same = length_of(x), dict(dense=lambda: model(*x)), {}
     note = f'with a batch of {b}: '
@@ -65,14 +70,14 @@ def _forms(model, small, x, compiled, onnx, parts):
     quick, choice = parts.attempt('sparsified', sparsify, base, x, note=note) or (None, Sparsification())
     if small is not None: form('compacted', small, ('dense', model))
     if quick is not None: form('sparsified', quick, ('dense' if base is model else 'compacted', base))
-    for name, net in {'compiled': model, 'sparsified, compiled': quick}.items() if compiled else ():
+    nets = dict(dense=model, compacted=None if small is model else small, sparsified=None if quick is base else quick)
+    for name, net in nets.items() if compiled else ():
         if net is None: continue
-        fast = parts.attempt(name, _compile, net, x, note=f'torch.compile, {note}')
-        if fast is not None: calls[name] = lambda fast=fast: fast(*x)
-    if onnx and onnx[1] in (None, b):
-        feed = {i.name: t.numpy() for i, t in zip(onnx[0].get_inputs(), x)}
-        calls['ONNX Runtime'] = lambda: onnx[0].run(None, feed)
-    elif onnx: parts.skipped.setdefault('ONNX Runtime', f'{note}the exported network takes batches of {onnx[1]} alone')
+        fast = parts.attempt(f'{name}, compiled', _compile, net, x, note=f'torch.compile, {note}')
+        if fast is not None: calls[f'{name}, compiled'] = lambda fast=fast: fast(*x)
+    for name, (session, only) in sessions.items():
+        if only in (None, b): calls[name] = _run(session, x)
+        else: parts.skipped.setdefault(name, f'{note}the exported network takes batches of {only} alone')
     works = [k for k, f in calls.items() if parts.attempt(k, lambda: f() is None or True, note=note)]
     return {k: calls[k] for k in works}, {k: v for k, v in same.items() if k in works}, choice
 
@@ -85,9 +90,9 @@ def _counts(net, args, parts):
 
 def _files(model, small, args, out, batches, onnx, metadata, parts, say):
     "Writes what can be had, and removes what is of an earlier time and cannot. Rows of files; `_session`'s results"
-    session, full = None, dense_bytes(model)
+    sessions, full = {}, dense_bytes(model)
     rows = [dict(form='dense float32', bytes=full)]
-    base, name = (model, 'dense') if small is None else (small, 'compacted')
+    base, name = (model, 'dense') if small is None or small is model else (small, 'compacted')
     def sparse(net): return lambda path: save_sparse(net, path, metadata, plain_zeros=True)
     def write(form, path, do):
         made = parts.attempt(form, do, out/path)
@@ -97,11 +102,18 @@ def _files(model, small, args, out, batches, onnx, metadata, parts, say):
     write('sparse file', 'model.sparse', sparse(model))
     if small is not None: write('sparse file, compacted', 'compact.sparse', sparse(small))
     else: (out/'compact.sparse').unlink(missing_ok=True)
+    write(f'network, {name}', 'network.safetensors', lambda path: save_network(base, args, path))
     if onnx:
         say('exporting to ONNX')
         session = write('ONNX Runtime', 'model.onnx', lambda path: _session(base, args, path, batches))
-    if session: rows[-1]['form'] = f'ONNX, {name}' + f', batches of {session[1]}'*bool(session[1])
-    return [dict(r, share=r['bytes']/max(full, 1)) for r in rows], session
+        if session:
+            sessions[f'{name}, ONNX Runtime'] = session
+            rows[-1]['form'] = f'ONNX, {name}' + f', batches of {session[1]}'*bool(session[1])
+        if session and base is not model:                                       # what the small one has to beat
+            with tempfile.TemporaryDirectory() as tmp:
+                dense = parts.attempt('dense, ONNX Runtime', _session, model, args, Path(tmp)/'dense.onnx', batches)
+            if dense: sessions['dense, ONNX Runtime'] = dense
+    return [dict(r, share=r['bytes']/max(full, 1)) for r in rows], sessions
 
 def _runs(model, args):
     with evaluating(model): model(*args)
@@ -132,11 +144,12 @@ def _batches(given):
     raise ValueError(f"batches are whole numbers from 1, one or more of them: got {given!r}")
 
 def _speed(b, form, same, times):
-    "The row of a form; one that is the same network as another has its times"
+    "The row of a form against the fastest dense one; one that is the same network as another has its times"
     xs = times[same.get(form, form)]
     name = f'{form} (as {same[form]})' if form in same else form
-    ratio = quartiles([d/x for d, x in zip(times['dense'], xs)])
-    return dict(batch=b, form=name, seconds=quartiles(xs), ratio=ratio, n=len(xs))
+    best = min((k for k in times if k.split(',')[0] == 'dense'), key=lambda k: quartiles(times[k])[1])
+    ratio = quartiles([d/x for d, x in zip(times[best], xs)])
+    return dict(batch=b, form=name, seconds=quartiles(xs), ratio=ratio, against=best, n=len(xs))
 
 def deploy(
     model:nn.Module, # Pruned, on the CPU; left as it is
@@ -163,14 +176,14 @@ def deploy(
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(folder or tmp)
         out.mkdir(parents=True, exist_ok=True)
-        files, session = _files(model, small, few, out, batches, onnx, metadata, parts, say)
+        files, sessions = _files(model, small, few, out, batches, onnx, metadata, parts, say)
         speed, choices = [], {}
         with torch.inference_mode():
             for b in batches:
                 x = samples_of(args, b)
                 if not parts.attempt(f'batch {b}', _runs, model, x): continue
                 say(f'measuring with batches of {b}')
-                calls, same, choices[b] = _forms(model, small, x, compiled, session, parts)
+                calls, same, choices[b] = _forms(model, small, x, compiled, sessions, parts)
                 times = turns({k: f for k, f in calls.items() if k not in same}, rounds, turn=.02)
                 speed += [_speed(b, k, same, times) for k in calls]
     made = dict(threads=torch.get_num_threads(), **origin())

@@ -195,7 +195,8 @@ def clear_run(
 ):
     "Removes a run's own files, and no others"
     own = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html'
-    deployed = 'model.sparse', 'compact.sparse', 'model.onnx', 'deploy.json', 'deploy.txt', 'deploy.png'
+    deployed = ('model.sparse', 'compact.sparse', 'network.safetensors', 'model.onnx', 'deploy.json', 'deploy.txt',
+                'deploy.png')
     paths = [Path(folder)/n for n in own] + [Path(folder)/'deploy'/n for n in deployed]
     for path in paths + checkpoints(folder): path.unlink(missing_ok=True)
 

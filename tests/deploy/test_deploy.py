@@ -48,7 +48,8 @@ def test_a_report_on_a_network_of_ones_own(tmp_path):
     net = pruned(UNet)
     report = deploy(net, torch.randn(3, 1, 16, 16), tmp_path, batches=(1, 5), compiled=False, rounds=3)
     forms = {r['form'].split(' (')[0] for r in report.speed}
-    assert forms == {'dense', 'compacted', 'sparsified', 'ONNX Runtime'}
+    assert forms == {'dense', 'compacted', 'sparsified', 'dense, ONNX Runtime', 'compacted, ONNX Runtime'}
+    assert all(r['ratio'][1] == 1 for r in report.speed if r['form'] == r['against'])
     assert {r['batch'] for r in report.speed} == {1, 5}
     assert report.counts['dense']['effective'] < report.counts['dense']['dense']
     assert report.counts['compacted']['dense'] <= report.counts['dense']['dense']
@@ -65,7 +66,7 @@ def test_without_onnx_it_is_left_out_and_named(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_compiled_forms(tmp_path):
     report = deploy(pruned(UNet), torch.randn(2, 1, 16, 16), batches=(2,), onnx=False, rounds=3)
-    assert {'compiled', 'sparsified, compiled'} <= {r['form'] for r in report.speed} | set(report.skipped)
+    assert {'dense, compiled', 'compacted, compiled'} <= {r['form'] for r in report.speed} | set(report.skipped)
 
 
 def test_what_cannot_be_deployed_says_so():

@@ -1,5 +1,5 @@
 "Whole channels under one pressure: budgets, floors, resumes, reports, refusals."
-import copy, warnings
+import copy
 
 import pytest, torch
 import torch.nn.functional as F

@@ -115,11 +115,11 @@ def test_no_compiler_and_no_onnx_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     (tmp_path/'model.onnx').write_bytes(b'of another network, of an earlier day')
     report = deploy(nn.Linear(4, 4), TWO, tmp_path, **QUICK | dict(compiled=True, onnx=True))
-    assert set(report.skipped) == {'compiled', 'sparsified, compiled', 'ONNX Runtime'}
-    assert 'this machine cannot' in report.skipped['compiled']
+    assert set(report.skipped) == {'dense, compiled', 'ONNX Runtime'}
+    assert 'this machine cannot' in report.skipped['dense, compiled']
     assert "pip install" in report.skipped['ONNX Runtime']
     # and no file that is not of this network
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['compact.sparse', 'model.sparse']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['compact.sparse', 'model.sparse', 'network.safetensors']
 
 
 def test_onnx_of_what_cannot_be_compacted(tmp_path, monkeypatch):
@@ -127,8 +127,8 @@ def test_onnx_of_what_cannot_be_compacted(tmp_path, monkeypatch):
     monkeypatch.setattr('hyperflux.deploy.forms.compact', broken)
     report = deploy(Four(4, 4), torch.randn(4, 4), tmp_path, **QUICK | dict(onnx=True, batches=(4, 5)))
     assert set(report.skipped) == {'compacted', 'batch 5'} and report.skipped['compacted'] == 'this machine cannot'
-    assert [r['form'] for r in report.files] == ['dense float32', 'sparse file', 'ONNX, dense, batches of 4']
-    assert ('ONNX Runtime', 4) in [(r['form'], r['batch']) for r in report.speed]
+    assert [r['form'] for r in report.files] == ['dense float32', 'sparse file', 'network, dense', 'ONNX, dense, batches of 4']
+    assert ('dense, ONNX Runtime', 4) in [(r['form'], r['batch']) for r in report.speed]
 
 
 def test_what_the_model_does_not_take_is_refused():
@@ -217,7 +217,7 @@ def test_a_run_on_data_of_ones_own_is_deployed(run, tmp_path):
     report = deploy_run(folder, tmp_path/'out', **QUICK)
     assert report.skipped == {}
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['compact.sparse', 'deploy.json', 'deploy.png',
-                                                                  'deploy.txt', 'model.sparse']
+                                                                  'deploy.txt', 'model.sparse', 'network.safetensors']
     net, summary, shape = load_run(folder)
     assert shape == (2, 4, 4) and summary['n_classes'] == 3
     again = load_sparse(tmp_path/'out/model.sparse', copy.deepcopy(net))
