@@ -1,6 +1,7 @@
 """What `compact` makes of networks that nobody here wrote: a small one of each family of torchvision and timm.
 
     python -m benchmarks.families --out nbs/results/families.json
+    python -m benchmarks.families --groups --out nbs/results/families_groups.json
 
 A family is a module of timm, and a name without its size in torchvision's classifiers. Its network is the smallest
 variant, with fewer and narrower blocks where its arguments allow that, on the smallest pictures it takes. Nothing is
@@ -12,6 +13,10 @@ Equal: the smaller network gives the same on four inputs, to 1e-5 of the largest
 alone takes them further. Refused: `compact` says itself why not. All else that is raised is a fault. `spread` is how
 far the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and
 a time limit of its own; the record grows row by row, and the same command goes on where it was stopped.
+
+With --groups nothing is made zero by hand: `channels` finds the channels and heads that can go, Hyperflux prunes them to
+half of the operations in 100 steps on random pictures, and `compact` makes the small network, whose operations are
+counted again. `reached` is their share of the dense network's; above the budget by more than a millionth is a fault.
 """
 import argparse, re, sys, time, traceback, warnings
 from pathlib import Path
@@ -20,6 +25,8 @@ import timm, torch, torchvision
 from torch import nn
 
 import hyperflux
+from hyperflux import Hyperflux
+from hyperflux.structure import channels, flops, flops_by_module
 from hyperflux.structure.walk import first_line
 from hyperflux.deploy.compact import compact, relative_gap
 
@@ -132,7 +139,41 @@ def own_refusal(e):
     return isinstance(e, (RuntimeError, ValueError)) and Path(hyperflux.__file__).parent in raised.parents
 
 
-def one(key, variants):
+def compacted(net, x):
+    "What `compact` makes of a network half of whose rows are zeros"
+    prune(net, x.shape)
+    begin = time.perf_counter()
+    small, report = compact(net, x)
+    return dict(gap=report.gap, rounding=report.rounding, left=parameters(small)/parameters(net), weights=report.before,
+                weights_left=report.after, views=report.views, seconds=round(time.perf_counter() - begin, 1))
+
+
+def grouped(net, x, share=.5, steps=100):
+    "What is left of a network whose channels and heads Hyperflux prunes, on random pictures"
+    if norms(net): settle(net, x.shape)
+    begin = time.perf_counter()
+    found = channels(net, x)
+    net.train()
+    opt = torch.optim.SGD(net.parameters(), 1e-3)
+    pruner = Hyperflux(net, opt, sparsity=1 - share, steps=steps, groups=found, cost=flops)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        out = net(torch.randn(x.shape, generator=g))
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        opt.zero_grad()
+        out.float().square().mean().backward()
+        opt.step()
+    net.eval()
+    small, report = compact(net, x)
+    dense, left = (flops_by_module(m, example=(x,))[''] for m in (net, small))
+    row = dict(gap=report.gap, rounding=report.rounding, reached=left/dense, asked=pruner.budget/pruner.groups.whole,
+               reported=pruner.density, gates=pruner.groups.n, banks=len(pruner.groups.sizes), views=report.views,
+               left=parameters(small)/parameters(net), seconds=round(time.perf_counter() - begin, 1))
+    if row['reached'] > row['asked'] + 1e-6: raise AssertionError(f"{row['reached']:.4f} of the operations are left")
+    return row
+
+
+def one(key, variants, groups=False):
     "The row of a family"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -141,35 +182,29 @@ def one(key, variants):
     row = dict(source=source, family=family)
     try: name, kw, net, x = built(source, family, variants)
     except Exception as e: return row | dict(outcome='not built', reason=str(e)[:300])
-    prune(net, x.shape)
     row |= dict(model=name, arguments=kw, input=list(x.shape), parameters=parameters(net))
-    begin = time.perf_counter()
-    try:
-        small, report = compact(net, x)
-        row |= dict(outcome='equal', gap=report.gap, rounding=report.rounding, left=parameters(small)/parameters(net),
-                    weights=report.before, weights_left=report.after, views=report.views)
+    try: row |= dict(outcome='equal') | (grouped if groups else compacted)(net, x)
     except Exception as e:
         at = traceback.extract_tb(e.__traceback__)[-1]
         if own_refusal(e): row |= dict(outcome='refused', reason=str(e)[:400])
         else: row |= dict(outcome='fault', reason=f'{first_line(e)[:300]} at {Path(at.filename).name}:{at.lineno}')
-    row |= dict(seconds=round(time.perf_counter() - begin, 1))
     try:
         with torch.no_grad(): a, b = (net(x*s) for s in (1, -1))
         return row | dict(spread=relative_gap(a, b))
     except Exception as e: return row | dict(spread=None, note=f'{type(e).__name__}: {e}'[:200])
 
 
-def child(pipe, key, variants):
-    try: pipe.send(one(key, variants))
+def child(pipe, key, variants, groups):
+    try: pipe.send(one(key, variants, groups))
     except Exception as e:
         pipe.send(dict(zip(('source', 'family'), key.split()), outcome='fault', reason=first_line(e)[:300]))
         raise
 
 
-def within(context, limit, key, variants):
+def within(context, limit, key, variants, groups):
     "The row of a family, made in a process of its own; stopped after `limit` seconds"
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(theirs, key, variants))
+    process = context.Process(target=child, args=(theirs, key, variants, groups))
     process.start()
     theirs.close()
     row = dict(zip(('source', 'family'), key.split()))
@@ -186,9 +221,9 @@ def within(context, limit, key, variants):
 
 def table_of(rows):
     show = lambda r, k, form: format(r[k], form) if r.get(k) is not None else ''
-    cells = [(r['source'], r['family'], r.get('model', ''), r['outcome'], show(r, 'left', '.1%'), show(r, 'gap', '.0e'),
+    cells = [(r['source'], r['family'], r.get('model', ''), r['outcome'], show(r, 'reached', '.1%'), show(r, 'left', '.1%'), show(r, 'gap', '.0e'),
               show(r, 'spread', '.0e'), show(r, 'seconds', ''), r.get('reason', '')[:100]) for r in rows]
-    return table(('source', 'family', 'model', 'outcome', 'left', 'gap', 'spread', 'seconds', 'reason'), cells, left=4)
+    return table(('source', 'family', 'model', 'outcome', 'operations', 'weights', 'gap', 'spread', 'seconds', 'reason'), cells, left=4)
 
 
 def totals(rows):
@@ -200,6 +235,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog='python -m benchmarks.families', description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--families', help="only these, separated by commas: 'torchvision vgg,timm beit'")
+    p.add_argument('--groups', action='store_true', help='prune channels and heads with Hyperflux first')
     p.add_argument('--limit', type=int, default=300, help='seconds for a family, with building it (300)')
     p.add_argument('--smoke', action='store_true', help=f'two families: {" and ".join(SMOKE)}')
     p.add_argument('--out', help='a JSON file for the record; one that is there is gone on with')
@@ -213,7 +249,7 @@ def main(argv=None):
     if unknown: p.error(f'no family {unknown[0]!r}; there are {", ".join(todo)}')
     command = spelled('python -m benchmarks.families', [x for x in argv if x != '--fresh'])
     record = dict(benchmark='families', **provenance(command), torchvision=torchvision.__version__,
-                  timm=timm.__version__, smoke=a.smoke, limit=a.limit, rows=[])
+                  timm=timm.__version__, smoke=a.smoke, limit=a.limit, groups=a.groups, rows=[])
     if not a.fresh:
         try: record = resume(a.out, record, ('torchvision', 'timm', 'limit'))
         except ValueError as e: p.error(str(e))
@@ -221,7 +257,7 @@ def main(argv=None):
     context = fresh_process(['timm', 'torchvision', 'hyperflux.deploy.compact'])
     for key in chosen:
         if key in done: continue
-        row = within(context, a.limit, key, todo[key])
+        row = within(context, a.limit, key, todo[key], a.groups)
         record['rows'].append(row)
         print(table_of([row]).splitlines()[1], flush=True)
         if a.out: write_json(record, a.out)
