@@ -48,7 +48,7 @@ class Plant:
     back:float=4. # How many times more slowly weights come back than they go
     dead:float=.03 # Progress before which density does not move
     drift:float=0. # By how many e-foldings pressure seems to grow by itself in a run
-    idle:float=1. # Density that is left after a long time without any pressure
+    unpressed:float=1. # Density that is left after a long time without any pressure
     noise:float=0. # Standard deviation of the measured log density
     weights:int=0 # Density is measured in steps of 1/weights; 0: exactly
     seed:int=0 # Of the noise
@@ -59,8 +59,8 @@ class Plant:
 
     def settled(self, gamma:float, progress:float=0.)->float:
         "Density after a long time under pressure `gamma`"
-        if gamma <= 0: return self.idle
-        return min(self.idle, self.c*(gamma*math.exp(self.drift*progress))**-self.alpha)
+        if gamma <= 0: return self.unpressed
+        return min(self.unpressed, self.c*(gamma*math.exp(self.drift*progress))**-self.alpha)
 
     def step(self, gamma:float, progress:float, dt:float):
         "Live for `dt` under `gamma`"

@@ -112,7 +112,7 @@ def check_current(
     weights:dict[str, nn.Parameter], # The model's, when the pruner was made; RuntimeError names the first that is gone
     was:dict[int, set], # `holders` at that time
 ):
-    "Does the model still compute with them? What is cut may be hidden behind its whole; only whole ones are looked for"
+    "Does the model still compute with them? Of weights cut into shards this is not asked: the whole may stand in front"
     now = holders(model)
     gone = next((n for n, p in weights.items() if not cut_by(p) and not now.get(id(p), set()) & was[id(p)]), None)
     if gone is None: return

@@ -81,7 +81,7 @@ class Guards:
 class Pruner(Guards, Driven, Tally):
     "Keeps a mask on chosen weights while any optimiser trains them; methods subclass it"
     whole_weights = False                                      # whether a method can do nothing with a part of a weight
-    takes_groups = False                                       # whether it can remove groups of weights
+    takes_groups = False                              # can a method remove groups of weights? 'only': nothing else
     planned, pressure = 1., None                # density planned by now; γ by now, None where there is none
     frozen = False                              # whether only a mask is left to apply
     meter = births = deaths = None                            # a FluxMeter; how many came and went; None: nobody counts

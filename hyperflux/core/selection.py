@@ -88,14 +88,14 @@ def _matches(model, pattern):
 
 def _nothing(model, pattern, names):
     "Why a pattern means no weight"
-    inside = {id(p) for m in (_modules(model, pattern) if not isinstance(pattern,
-        re.Pattern) else [model]) for p in m.parameters()}
+    modules = [model] if isinstance(pattern, re.Pattern) else _modules(model, pattern)
+    inside = {id(p) for m in modules for p in m.parameters()}
     for row in computed(model):
         if row['fold'] and row['source'] & inside:
             return f"{pattern!r} matches no weight that can be pruned: {_computed_text(row)}"
     names = names + [n for n, _ in model.named_modules(remove_duplicate=False) if n]
-    near = [n for n in difflib.get_close_matches(str(pattern), names, n=3,
-                                                 cutoff=.5) if n != pattern] if isinstance(pattern, str) else []
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=.5) if isinstance(pattern, str) else []
+    near = [n for n in near if n != pattern]
     hint = f"the model has {', '.join(names[:12])}" + ' …'*(len(names) > 12)
     if near: hint = f"did you mean {' or '.join(map(repr, near))}?"
     return f"{pattern!r} matches no weight of the model; {hint}"
@@ -114,8 +114,8 @@ def select(
     if lazy:
         raise ValueError(f"{lazy[0]} is lazy, and has no shape before the first forward pass: run the model once, then "
                          "make the optimiser and the pruner")
-    chosen = {id(p) for p in prunable(model).values()} if targets is None else set().union(*(_matches(model,
-        t) for t in _listed(targets)))
+    if targets is None: chosen = {id(p) for p in prunable(model).values()}
+    else: chosen = set().union(*(_matches(model, t) for t in _listed(targets)))
     chosen -= set().union(*(_matches(model, i) for i in _listed(ignore)))
     weights = {n: p for n, p in model.named_parameters() if id(p) in chosen and p.requires_grad and p.numel()}
     if not weights:
@@ -139,8 +139,8 @@ def dense_matrices(
     "The matrices that stay dense without having been ignored"
     pruned, embedded, why = {id(p) for p in weights.values()}, _embedded(model), {}
     for row in computed(model): why |= dict.fromkeys(row['source'], row['fold'] and _computed_text(row))
-    inside = {id(p) for t in _listed(targets) if not isinstance(t, re.Pattern) for m in _modules(model,
-        t) for p in m.parameters()}
+    modules = [m for t in _listed(targets) if not isinstance(t, re.Pattern) for m in _modules(model, t)]
+    inside = {id(p) for m in modules for p in m.parameters()}
     spared = pruned | set().union(*(_matches(model, i) for i in _listed(ignore)))
     rows = []
     for n, p in model.named_parameters():
@@ -158,12 +158,12 @@ def dense_text(
 )->str: # Empty if there are none
     "One line about them"
     if not rows: return ''
-    names = ', '.join(r['name'] + f" ({r['why']})"*bool(r['why'])
-                      for r in rows[:most]) + f' and {len(rows) - most} more'*(len(rows) > most)
+    names = ', '.join(r['name'] + f" ({r['why']})"*bool(r['why']) for r in rows[:most])
+    names += f' and {len(rows) - most} more'*(len(rows) > most)
     share = sum(r['numbers'] for r in rows)/total
     return (f"{len(rows)} matri{'ces stay' if len(rows) > 1 else 'x stays'} dense, {share:.1%} of all {total:,} "
             f"parameters: {names}. "
-            "targets= prunes what can be pruned, ignore= says that this is meant")
+            "Name them in targets=, and what can be pruned is; or in ignore=, to say that this is meant")
 
 # %% ../../nbs/core/06_selection.ipynb #5c1e0a09
 def namesakes(
@@ -177,8 +177,8 @@ def namesakes(
     wanted = {plain(n): p for n, p in weights.items()}
     lacking = {n: tuple(p.shape) for n, p in wanted.items() if n not in own or own[n].shape != p.shape}
     if not lacking: return [own[n] for n in wanted]
-    inside = [n for n, m in model.named_modules() if n and wanted.keys() <= {plain(k) for k,
-        _ in m.named_parameters(remove_duplicate=False)}]
+    held = lambda m: {plain(k) for k, _ in m.named_parameters(remove_duplicate=False)}
+    inside = [n for n, m in model.named_modules() if n and wanted.keys() <= held(m)]
     hint = f"it has {', '.join([*own][:6])}" + ' …'*(len(own) > 6)
     if inside: hint = f"it has them inside: give {' or '.join('.' + n for n in inside[:3])}"
     name, shape = next(iter(lacking.items()))

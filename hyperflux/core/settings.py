@@ -36,7 +36,7 @@ class Settings:
     updates:int = 200                           # how often the controller looks, over the whole run
     travel:float = 56.  # how far Adam could carry a presence while pruning, four times as far as the authors' for LeNet
     lr:float|None = None         # the presence's learning rate while pruning; None: `presence_lr`, about travel / steps
-    regrow_travel:float = .6                    # the same for regrowth
+    regrow_travel:float = .6                    # how far presences could travel while weights regrow
     regrow_lr:float|None = None         # the presence's learning rate when regrowth begins; None: regrow_travel / steps
     regrow_decay:float = .36                    # what is left of it when regrowth ends
     low:float = .2                              # presences start uniformly between low

@@ -12,7 +12,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..structure.walk import Channels, copied, first_line, needed, plainly, stand_in
+from .attention import with_fewer_heads
+from ..structure.walk import Channels, copied, first_line, inputs, needed, plainly, stand_in, unfused
 from ..helpers import format_table
 
 # %% ../../nbs/deploy/00_compact.ipynb #576d4056
@@ -98,13 +99,18 @@ def random_like(x, seed):
         return torch.randn(x.shape, generator=g, device='cpu', dtype=dtype).to(x)
     return x.flatten()[torch.randperm(x.numel(), generator=g, device='cpu').to(x.device)].view(x.shape)
 
-def _check(model, small, example):
+def _each(given, f): # given: inputs in order, inputs by name
+    "With each tensor replaced"
+    args, named = given
+    def one(x): return f(x) if isinstance(x, torch.Tensor) else x
+    return tuple(map(one, args)), {k: one(x) for k, x in named.items()}
+
+def _run(model, given): return model(*given[0], **given[1])
+
+def _check(model, small, given):
     "The largest gap on the example and on three inputs like it"
-    gap = 0.
-    for seed in range(4):
-        inputs = tuple(random_like(x, seed) if seed and isinstance(x, torch.Tensor) else x for x in example)
-        gap = max(gap, relative_gap(model(*inputs), small(*inputs)))
-    return gap
+    tries = given, *(_each(given, lambda x: random_like(x, seed)) for seed in (1, 2, 3))
+    return max(relative_gap(_run(model, t), _run(small, t)) for t in tries)
 
 # %% ../../nbs/deploy/00_compact.ipynb #603d2bcc
 @dataclass
@@ -169,40 +175,42 @@ def _attempt(model, ch):
     stay = needed(ch, lambda reader: _foldable(small, reader))
     _fold(small, ch, stay)
     _cut(small, ch, stay)
-    rows = []
+    left = {path: {role: int(stay[ids].sum()) for role, ids in own.items()} for path, own in ch.attention.items()}
+    small, rows = with_fewer_heads(small, left), []
     for name in dict.fromkeys(r.name for r in ch.readers):
         a, b = (tuple(_tensor(m, name).shape) for m in (model, small))
         weights = dict(weights=int(np.prod(a)), weights_after=int(np.prod(b)))
         rows.append(dict(name=name.removesuffix('.weight'), shape=a, shape_after=b, **weights))
     return small, Compaction(rows, _left(ch, stay), views=ch.views)
 
-def _exact_gap(model, ch, example):
+def _exact_gap(model, ch, given):
     "The same surgery and the same comparison in double precision; infinite where the model cannot do that"
-    def double(x): return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    def double(x): return x.double() if x.is_floating_point() else x
     try:
         whole = copied(model).eval().double()
-        return _check(whole, _attempt(whole, ch)[0], tuple(map(double, example)))
+        return _check(whole, _attempt(whole, ch)[0], _each(given, double))
     except Exception: return float('inf')                               # one type of numbers is written into its code
 
 # %% ../../nbs/deploy/00_compact.ipynb #08f8ea2e
 def _given(model, example):
-    "The example as a tuple; ValueError if there is nothing to run, with what to do"
-    example = example if isinstance(example, tuple) else (example,)
+    "The example as inputs in order and by name; ValueError if there is nothing to run, with what to do"
+    args, named = inputs(example)
     empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(t) or t.is_meta]
     if empty:
         raise ValueError(f"{empty[0]} has no values yet, so there is nothing to compact: load or initialise the model")
-    if any(isinstance(x, torch.Tensor) and (x.ndim == 0 or len(x)) for x in example): return example
+    every = *args, *named.values()
+    if any(isinstance(x, torch.Tensor) and (x.ndim == 0 or len(x)) for x in every): return args, named
     kinds = [f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
-             for x in example]
-    got = ', '.join(kinds) or 'an empty tuple'
-    raise ValueError("example is an input of the model, a tensor with at least one sample, or a tuple of inputs in "
-                     f"their order: got {got}. A model that takes them by name needs a wrapper")
+             for x in every]
+    got = ', '.join(kinds) or f'an empty {type(example).__name__}'
+    raise ValueError("example is an input of the model, a tensor with at least one sample, a tuple of inputs in "
+                     f"their order, or a dict of inputs by name: got {got}")
 
-def _whole(model, example):
+def _whole(model, given):
     "A copy that gives the numbers to compare with, or the reason why there is none"
     try:
         whole = copied(model).eval()
-        outputs = flat_outputs(whole(*example))
+        outputs = flat_outputs(_run(whole, given))
     except Exception as e:
         why = f"the model cannot be copied and run on the example, so nothing can be compared: {first_line(e)}"
         raise RuntimeError(why) from e
@@ -212,21 +220,21 @@ def _whole(model, example):
 
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
-    example, # An input with at least one sample, or a tuple of inputs
+    example, # An input with at least one sample, a tuple of inputs, or a dict of them by name
     tolerance:float=1e-5, # How far outputs may differ, relative to the largest; if rounding alone exceeds it, in double
 )->tuple: # The smaller model, in eval mode, and a `Compaction`; RuntimeError if it cannot be followed, or differs
     "Takes out all channels that nobody needs; equal to the model in eval mode, and checked"
-    example, trouble = _given(model, example), []
-    tensors = [x for x in example if isinstance(x, torch.Tensor)]
-    with plainly(*model.parameters(), *tensors):
-        whole = _whole(model, example)
+    given, trouble = _given(model, example), []
+    tensors = [x for x in (*given[0], *given[1].values()) if isinstance(x, torch.Tensor)]
+    with unfused(), plainly(*model.parameters(), *tensors):
+        whole = _whole(model, given)
         for views in (True, False):
             ch = Channels(model, example, views)
             try:
                 small, report = _attempt(model, ch)
-                report.gap = _check(whole, small, example)
+                report.gap = _check(whole, small, given)
                 if tolerance < report.gap < .1:
-                    report.gap, report.rounding = _exact_gap(model, ch, example), report.gap
+                    report.gap, report.rounding = _exact_gap(model, ch, given), report.gap
             except Exception as e: trouble.append(first_line(e))
             else:
                 if report.gap <= tolerance: return small, report

@@ -145,4 +145,5 @@ def deterministic(self:L0):
     if self.landed: return nullcontext()
     gates = self.layout.flat(1.)
     self.groups.expand(sure_gate(self.alpha), gates)
+    self.groups.expand(self.z, self.scale)              # what a sum goes by, where an entry hangs on two gates
     return self.lent(gates)

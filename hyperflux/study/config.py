@@ -173,6 +173,8 @@ def _check_groups(c):
         able = ', '.join(k for k, m in METHODS.items() if m.groups)
         raise ValueError(f"method {c.method} removes single weights, and groups={c.groups!r} were asked for: take one of "
                          f"{able}, or leave groups out")
+    if not c.groups and method(c.method).groups == 'only':
+        raise ValueError(f"method {c.method} removes groups of weights, and none were asked for: add groups='channels'")
     if not c.groups and (c.cost, c.multiple) != ('weights', 1):
         raise ValueError("cost and multiple are for groups, and none were asked for: add groups='channels', or "
                          "groups='single' for single weights at the price of their layers")

@@ -113,8 +113,8 @@ def _choose(self:Run)->dict: # As a pruner takes it
         select(self.model, ignore=c.ignored)
         return dict(ignore=c.ignored)
     form, price = form_of(c.groups), price_of(c.cost)
-    example = torch.zeros(2, *self.data.in_shape, device=self.device)
-    return dict(groups=form(self.model, example, ignore=c.ignored, multiple=c.multiple), cost=price)
+    self.example = torch.zeros(2, *self.data.in_shape, device=self.device)
+    return dict(groups=form(self.model, self.example, ignore=c.ignored, multiple=c.multiple), cost=price)
 
 @patch
 def make_pruner(self:Run):

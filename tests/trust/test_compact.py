@@ -399,7 +399,7 @@ def nan():
 
 
 @pytest.mark.parametrize('make,x,kind,words', [
-    (rows, {'input': ROW}, ValueError, 'got a dict. A model that takes them by name needs a wrapper'),
+    (rows, {}, ValueError, 'got an empty dict'),
     (rows, [ROW], ValueError, 'got a list'),
     (rows, None, ValueError, 'got a NoneType'),
     (rows, (), ValueError, 'got an empty tuple'),
