@@ -74,7 +74,7 @@ class GatedPruner(Pruner):
         "The density that the trajectory wants by now; 1 without a target or without a trajectory"
         if self.sparsity is None or self.schedule is None: return 1.
         target = self.budget/self.groups.whole
-        return target if self.landed else self.schedule(self.progress, self.dip*target)
+        return target if self.landed else self.schedule(self.progress, max(self.dip*target, self.groups.least))
     @property
     def stage(self)->str:
         "dense, prune, finetune or done"

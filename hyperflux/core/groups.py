@@ -17,6 +17,7 @@ from .selection import select
 class Groups:
     "Which weights hang on which gate, and what they cost: each weight on one of its own, and all cost the same"
     unit, single = 'weights', True                          # what `whole` and `left` count; is a gate a weight?
+    least = 0.                                              # share of the cost that cannot go, whatever the pressure
     def __init__(self,
         layout:Whole, # Of the weights
         names:list[str]=(), # Of the layers
@@ -59,6 +60,7 @@ class Groups:
         "Pressure beside the pull on each gate, γ/n; by slopes, where gates (as they are now) are no steps"
         if slopes is None: pull.add_(pressure/self.n)
         else: pull.add_(slopes, alpha=pressure/self.n)
+    def asked(self)->dict: return {}                            # what a state has to agree on: numbers and strings
     def left(self, gates:Tensor)->int:
         "What those that are open cost, over all processes (waits for the device)"
         return int(self.layout.sum(gates, torch.count_nonzero))

@@ -55,13 +55,14 @@ class Hyperflux(GatedPruner):
         cost=None, # What is to be removed: `weights`, `flops`, `bytes` or a `Latency`; None: `weights`
     ):
         S, plan = settings, sole_plan(plan, sparsity=sparsity, steps=steps) or settings.plan(steps, sparsity)
+        if groups is not None: plan = groups.plan(plan)                           # N:M says how sparse it is
         if plan.sparsity is None and pressure is None:
             raise ValueError("say where to go: sparsity= (a fraction) or "
                              "pressure= (a number or a function of progress)")
         if compile and S.sgd:
             raise ValueError("compile=True fuses Adam's update of the presences: leave it out with sgd=True")
         if compile and groups is not None:
-            raise ValueError("compile=True fuses the update of single weights' presences; groups have few: leave it out")
+            raise ValueError("compile=True fuses the update of single weights' presences; with groups= leave it out")
         self.settings, self.schedule, self.dip, self._wish = S, S.trajectory, S.dip, as_number(pressure)
         first = self._pressure_at(0.)                                             # or it is refused here
         super().__init__(model, optimizer, controller=S.controller(), targets=targets, ignore=ignore, plan=plan,

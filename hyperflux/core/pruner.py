@@ -194,8 +194,7 @@ def undo_step(self:Pruner):
 @patch
 def asked(self:Pruner)->dict: # Numbers, strings, lists and None
     "What was asked of this pruner; a state goes on only where the same was asked"
-    groups = {} if self.groups.single else dict(groups=self.groups.n, unit=self.groups.unit, whole=self.groups.whole)
-    return dict(sparsity=self.sparsity, steps=self.steps, **groups)
+    return dict(sparsity=self.sparsity, steps=self.steps, **self.groups.asked())
 
 @patch
 def state_dict(self:Pruner)->dict: # Tensors, numbers and strings only

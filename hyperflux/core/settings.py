@@ -59,6 +59,10 @@ class Settings:
                              "other: give lr=")
         if not 0 < self.dip <= 1: raise ValueError(f"dip is a share of the target density in (0, 1]: got {self.dip}")
 
+    def __repr__(self): # what differs from the defaults
+        own = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"Settings({', '.join(f'{k}={described(v)}' for k, v in own.items())})"
+
     def plan(self,
         steps:int, # Optimiser steps in all
         sparsity:float|None=None, # The target, if there is one

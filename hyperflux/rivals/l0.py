@@ -19,7 +19,7 @@ from ..core.driving import warn
 from ..core.gated import GatedPruner
 from ..core.plan import Plan, sole_plan
 from ..helpers import as_number
-from .scores import Targeted, top
+from .scores import Targeted
 
 # %% ../../nbs/rivals/04_l0.ipynb #7a702b47
 BETA = 2/3                                          # the temperature
@@ -130,10 +130,8 @@ def land(self:L0):
              "for this sparsity, or too little for the network to learn")
     self.groups.expand(sure_gate(self.alpha), self.scale)
     self.value.mul_(self.scale)
-    if self.groups.single: self.opened.copy_(top(self.alpha, self.keep))
-    else:
-        self.groups.land_(order := self.alpha.clone(), self.budget)
-        self.opened.copy_(order >= 0)
+    self.groups.land_(order := torch.nan_to_num(self.alpha, nan=math.nan), self.budget)
+    self.opened.copy_(order >= 0)
     self.show(self.opened)
     self.gamma, self.landed = 0., True
     self.restore()

@@ -86,9 +86,10 @@ def _free(t):
 
 def _pairs(i, t):
     "Term, gate, and how many of its inputs and of its outputs hang on that"
-    sides = [t.ins, np.array([], int) if t.outs is None else t.outs]
-    gates = np.unique(np.concatenate(sides))
-    return [(i, int(g), *((s == g).sum() for s in sides)) for g in gates if g >= 0]
+    sides = [s[s >= 0] for s in (t.ins, np.array([], int) if t.outs is None else t.outs)]
+    gates, place = np.unique(np.concatenate(sides), return_inverse=True)
+    counts = [np.bincount(p, minlength=len(gates)) for p in np.split(place, [len(sides[0])])]
+    return list(zip([i]*len(gates), gates.tolist(), *(c.tolist() for c in counts)))
 
 # %% ../../nbs/structure/03_cost.ipynb #5c0a0010
 def flops_by_module(

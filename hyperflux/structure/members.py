@@ -150,6 +150,7 @@ class Members(Groups):
         c = self.cost.marginal(gates)
         share = (c*(pressure/c.sum().clamp(min=1e-30))).to(pull.dtype)
         pull.add_(share if slopes is None else share*slopes)
+    def asked(self): return dict(groups=self.n, unit=self.unit, whole=self.whole)
     def left(self, gates): return self.cost.left(gates).item()
     def found(self, weights:list[Tensor])->Tensor: # [n]: 1 where a gate has a weight that is not zero
         "Which gates are open, by what is in the model"
