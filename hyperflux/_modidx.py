@@ -196,6 +196,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'hyperflux.core.groups.Groups.silent': ( 'core/groups.html#groups.silent',
                                                                                 'hyperflux/core/groups.py'),
                                        'hyperflux.core.groups.Groups.sum': ('core/groups.html#groups.sum', 'hyperflux/core/groups.py'),
+                                       'hyperflux.core.groups.Groups.together': ( 'core/groups.html#groups.together',
+                                                                                  'hyperflux/core/groups.py'),
                                        'hyperflux.core.groups.Groups.total': ('core/groups.html#groups.total', 'hyperflux/core/groups.py'),
                                        'hyperflux.core.groups.Groups.views': ('core/groups.html#groups.views', 'hyperflux/core/groups.py'),
                                        'hyperflux.core.groups.choose': ('core/groups.html#choose', 'hyperflux/core/groups.py')},

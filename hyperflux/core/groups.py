@@ -6,6 +6,8 @@
 __all__ = ['Groups', 'choose']
 
 # %% ../../nbs/core/11_groups.ipynb #6e0b0003
+from typing import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,10 @@ class Groups:
         for i, (p, t) in enumerate(zip(self.layout.params, self.views(gates))):
             t.copy_(self.layout.piece(i, draw(p.numel())))
 
+    @property
+    def together(self)->Callable|None: # For `FluxMeter`; None: all gates are here
+        "What sums rows, one for each layer, over all processes"
+        return self.layout.reduce if self.layout.place else None
     def total(self, gates:Tensor)->Tensor: # One number
         "The sum of a vector over all gates, over all processes"
         return self.layout.sum(gates)

@@ -69,8 +69,8 @@ class Hyperflux(GatedPruner):
                          groups=groups, cost=cost)
         if first is not None: self.gamma = first
         if meter:
-            together = self.layout.reduce if self.layout.place and self.groups.single else None
-            self.meter = FluxMeter(self.groups.sizes, self.groups.names, self.device, self.dtype, together)
+            G = self.groups
+            self.meter = FluxMeter(G.sizes, G.names, self.device, self.dtype, G.together)
         self.presence, g = self.groups.flat(), torch.Generator('cpu').manual_seed(as_number(seed))
         self.groups.fill_(self.presence, lambda n: initial_presence(n, S.low, S.high, g, self.dtype))
         self.make_gates(self.presence, plan.lr, S.eps, sgd=S.sgd)

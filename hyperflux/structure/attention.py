@@ -10,7 +10,7 @@ __all__ = ['ATTENTION', 'spread', 'Kind', 'kind_of', 'attention_of', 'numbers_of
 # %% ../../nbs/structure/07_attention.ipynb #a7700003
 from typing import NamedTuple
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from torch import nn
 
 from .rules import Unknown, Value, Work, each, getitem, op_name, rule, shape, to

@@ -6,7 +6,7 @@
 __all__ = ['least', 'rows', 'columns', 'kernels', 'blocks', 'Apiece', 'land_apiece', 'Priced', 'Singles', 'single']
 
 # %% ../../nbs/structure/09_forms.ipynb #5c130003
-import functools, math
+import math
 from dataclasses import dataclass
 from typing import Callable
 

@@ -138,7 +138,8 @@ class Members(Groups):
     def views(self, flat): return list(flat.split(self.sizes))
     def silent(self, layers): return self.places.silent(set(layers), self.sizes)
     def fill_(self, gates, draw): gates.copy_(draw(self.n))
-    def total(self, gates): return gates.sum()                                  # each process has all gates
+    together = None                                                             # each process has all gates
+    def total(self, gates): return gates.sum()
     def beside(self, weights): return self.flat(1.)
     def expand(self, gates, weights): self.places.expand(gates, self.layout.views(weights))
     def sum(self, weights, gates): gates.copy_(self.places.sum(self.layout.views(weights)))

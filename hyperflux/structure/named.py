@@ -6,15 +6,18 @@
 __all__ = ['FORMS', 'PRICES', 'form_of', 'price_of']
 
 # %% ../../nbs/structure/11_named.ipynb #5c110003
-import functools
+import functools, inspect
 from typing import Callable
 
 from ..helpers import did_you_mean, imported
-from .channels import channels
+from .channels import channels, heads
 from .cost import flops, weights
+from .forms import blocks, columns, kernels, rows, single
+from .nm import nm
 
 # %% ../../nbs/structure/11_named.ipynb #5c110006
-FORMS = dict(channels=channels) # Name → function of (model, example), and of ignore= and multiple= where it can
+FORMS = dict(single=single, channels=channels, heads=heads, rows=rows, columns=columns, kernels=kernels, blocks=blocks,
+             nm=nm) # Name → function of a model, of an example, and of what else it names
 PRICES = dict(weights=weights, flops=flops)
 
 def form_of(
@@ -29,7 +32,18 @@ def form_of(
         return functools.partial(_made, FORMS[first], tuple(map(int, numbers)))
     return _own('groups', name, FORMS)
 
-def _made(form, numbers, model, example, **how): return form(model, example, *numbers, **how)
+def _made(form, numbers, model, example, ignore=(), multiple=1):
+    "By the names of its parameters: numbers go to those that have no default"
+    takes = inspect.signature(form).parameters
+    asked = [k for k, p in takes.items() if p.default is p.empty and k not in ('model', 'example')]
+    if len(numbers) != len(asked):
+        wants = ':'.join(['', *asked]) if asked else ', and no numbers'
+        raise ValueError(f"groups {form.__name__}{wants}: got {':'.join(map(str, numbers)) or 'no numbers'}")
+    how = dict(zip(asked, numbers), ignore=ignore, example=example)
+    if multiple != 1: how['multiple'] = multiple
+    if 'multiple' in how and 'multiple' not in takes:
+        raise ValueError(f"multiple={multiple} is for widths, and groups={form.__name__} have none: leave it out")
+    return form(model, **{k: v for k, v in how.items() if k in takes})
 
 def price_of(
     name:str, # A key of PRICES, or package.module:name
