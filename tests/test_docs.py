@@ -55,6 +55,11 @@ def test_links_lead_somewhere(site):
     assert not lost, lost
 
 
+def test_no_link_stands_inside_of_another(site):
+    "A name in backticks is a link by itself"
+    assert not [p for p in site.rglob('*.html') if '</a>](' in p.read_text()]
+
+
 def test_smalldocs_finds_nothing(site, checkout):
     check = 'from smalldocs.cli import main; main()'
     res = subprocess.run([sys.executable, '-c', check, 'check', '_proc'], cwd=checkout, text=True, capture_output=True)

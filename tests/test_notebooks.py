@@ -88,7 +88,8 @@ def code_cells(path): return [c for c in read_nb(root/path).cells if c.cell_type
 
 @each_notebook
 def test_is_fit_to_read(path):
-    cells = code_cells(path)
+    cells, title = code_cells(path), read_nb(root/path).cells[0].source.strip()
+    assert re.fullmatch(r'# .+\n\n> .+', title), 'what follows in this cell is not on the site'
     outputs = [o for c in cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == 'error']
     if any(re.search(r'^import matplotlib|plt\.', c.source, re.M) for c in cells):

@@ -34,13 +34,24 @@ def link_symbols():
     d['settings'].pop('doc_host')
 
 
+re_auto = re.compile(r'\[(`[^`\n]+`)\]\(/(\w+)[^()\s]*#[^()\s]*\)')       # what nbdev makes of a name in backticks
+
+
+def sober_links(text, room):
+    "Without nbdev's links inside of links, and without those to later rooms, where a word means something else"
+    later = rooms.ROOMS[rooms.ROOMS.index(room) + 1:] if room in rooms.ROOMS else ()
+    text = re.sub(rf'\[{re_auto.pattern}\](?=\()', r'[\1]', text)
+    return re_auto.sub(lambda m: m[1] if m[2] in later else m[0], text)
+
+
 def process():
     "Notebooks as nbdev shows them, in `_proc`, beside the site's configuration."
     sys.path.insert(0, str(root))
     link_symbols()
     proc = Path(proc_nbs(str(root/'nbs'), n_workers=0, force=True))
     for p in proc.rglob('*.ipynb'):                         # a page's address is its name, number and all
-        p.write_text(re_output.sub('', p.read_text(encoding='utf-8')), encoding='utf-8')
+        text, room = re_output.sub('', p.read_text(encoding='utf-8')), p.relative_to(proc).with_suffix('').parts[0]
+        p.write_text(sober_links(text, room), encoding='utf-8')
     for o in ('_quarto.yml', 'tools/styles.css'): shutil.copy2(root/o, proc)
     return proc
 

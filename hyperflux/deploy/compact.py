@@ -121,6 +121,7 @@ class Compaction:
     gap:float = 0. # Largest difference of outputs found, relative to the largest output
     rounding:float|None = None # The same in the model's own precision, where `gap` had to be found in double
     views:bool = True # False: reshaped channels were left alone, since the model's code has their number in it
+    kept:dict = field(default_factory=dict) # Name of a parameter → dimension → which of its entries stay, if some go
 
     @property
     def before(self)->int: return sum(r['weights'] for r in self.layers)
@@ -181,7 +182,10 @@ def _attempt(model, ch):
         a, b = (tuple(_tensor(m, name).shape) for m in (model, small))
         weights = dict(weights=int(np.prod(a)), weights_after=int(np.prod(b)))
         rows.append(dict(name=name.removesuffix('.weight'), shape=a, shape_after=b, **weights))
-    return small, Compaction(rows, _left(ch, stay), views=ch.views)
+    kept = {}
+    for (name, d), ids in ch.claims.items():
+        if not stay[ids].all(): kept.setdefault(name, {})[d] = torch.from_numpy(np.flatnonzero(stay[ids]))
+    return small, Compaction(rows, _left(ch, stay), views=ch.views, kept=kept)
 
 def _exact_gap(model, ch, given):
     "The same surgery and the same comparison in double precision; infinite where the model cannot do that"

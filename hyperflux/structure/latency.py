@@ -75,8 +75,8 @@ class Called(NamedTuple):
     alike:tuple|None # Equal for layers that are measured as one; None: it is not called, and goes by its operations
     ins:list # Widths, rising
     outs:list|None # Likewise; None: it goes by its inputs alone
-    each:float # Operations of one pair of channels, in all samples
-    places:float # Numbers that a channel of its output has, in all samples
+    each:float # Operations of one pair of channels, in one sample
+    places:float # Numbers that a channel of its output has, in one sample
 
 def calls_of(model, ch, args, named, multiple, sizes)->tuple: # Layers; of each kind a module and its input
     "A network's layers, in the order of their work"
@@ -96,8 +96,7 @@ def calls_of(model, ch, args, named, multiple, sizes)->tuple: # Layers; of each 
             if w.outs is None: unit = m.out_channels//m.groups
         ins = [unit*k for k in widths(len(w.ins)//unit, max(1, multiple//unit), sizes)]
         outs = None if w.outs is None else widths(len(w.outs), multiple, sizes)
-        each = ch.samples*w.flops
-        layers.append(Called(w.name, alike, ins, outs, each, each/(2*w.weights) if w.weights else 0.))
+        layers.append(Called(w.name, alike, ins, outs, w.flops, w.flops/(2*w.weights) if w.weights else 0.))
     return layers, kinds
 
 def tables_of(
