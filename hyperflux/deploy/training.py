@@ -6,7 +6,6 @@
 __all__ = ['carry']
 
 # %% ../../nbs/deploy/13_training.ipynb #9a130003
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
