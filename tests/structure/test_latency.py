@@ -200,6 +200,12 @@ def test_a_run_goes_on_with_the_saved_table_as_if_it_had_not_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values()))
 
 
+def test_a_run_does_not_go_on_with_a_table_that_was_measured_anew():
+    pruner, _ = pruned(convnet(), measured(convnet(), images, noisy, sizes=3, networks=4))
+    other, _ = pruned(convnet(), measured(convnet(), images, sizes=3, networks=4))
+    with pytest.raises(ValueError, match='this state goes on with whole='): other.load_state_dict(pruner.state_dict())
+
+
 def test_a_table_is_known_by_its_numbers(tmp_path):
     a, b = (measured(convnet(), images, timed) for timed in (counting, noisy))
     a.save(tmp_path/'a.json')
