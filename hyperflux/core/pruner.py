@@ -53,6 +53,10 @@ class Guards:
         self._said.add('norms')
         warn(norms_text(found))
 
+    def look_at_dense(self, targets, ignore):
+        left = dense_matrices(self.model, dict(zip(self.names, self.params)), targets, ignore)
+        if text := dense_text(left, self.total): warn(text)
+
     def _look_at_rates(self):
         "The highest learning rate so far, since the first step; at the last one, was it ever lowered?"
         if self.step and self._rate is None: return                  # somebody began in the middle: nothing can be said
@@ -115,7 +119,7 @@ class Pruner(Guards, Driven, Tally):
         self.mask = self.layout.flat(1.)
         self.masks = self.gates = self.layout.views(self.mask)
         self.in_step, self._started, self._strays, self._said, self._rate = False, False, None, set(), None
-        if groups is None: self._tell_dense(targets, ignore)
+        if groups is None: self.look_at_dense(targets, ignore)
         self.look_at_norms('momentum 0', 'frozen statistics', *['evaluation mode']*model.training)
         self.attach()
 
@@ -128,10 +132,6 @@ class Pruner(Guards, Driven, Tally):
                              "method that works on parts, such as Hyperflux")
         if len({p.device for p in self.params}) > 1:
             raise ValueError("the chosen weights lie on several devices; a pruner works on one: choose with targets=")
-
-    def _tell_dense(self, targets, ignore):
-        left = dense_matrices(self.model, dict(zip(self.names, self.params)), targets, ignore)
-        if text := dense_text(left, self.total): warn(text)
 
     @property
     def sparsity(self)->float|None: return self.plan.sparsity

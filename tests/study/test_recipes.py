@@ -150,8 +150,8 @@ def test_the_command_lists_them(capsys):
 
 
 OTHER = dict(
-    model='lenet5', data='mnist', weights='dense.pt', method='authors', task=None, sparsity=.75, ignore='fc',
-    metric='top5',
+    model='lenet5', data='mnist', weights='dense.pt', method='l0', task=None, sparsity=.75, ignore='fc',
+    groups='channels', cost='flops', multiple=2, metric='top5',
     seed=11, dense_epochs=3, prune_epochs=5, regrow_epochs=7, batch_size=99, accumulate=3, optimizer='adamw',
     dense_lr=.11,
     dense_final_lr=.012, prune_lr=.013, prune_final_lr=.014, regrow_lr=.015, regrow_final_lr=.016, schedule='step',
@@ -177,8 +177,9 @@ def test_every_setting_can_be_overridden(name, images, monkeypatch):
     assert all(getattr(base, k) != v for k, v in other.items())
     option = lambda k, v: ['--' + 'no-'*(v is False) + k.replace('_', '-')] + [str(v)]*(not isinstance(v, bool))
     for k, v in other.items():
-        shell('prune', '--dry-run', '--recipe', name, *option(k, v))
-        assert seen.pop() == recipe(name, **{k: v}) == dataclasses.replace(base, **{k: v}), k
+        own = {k: v} | ({'groups': 'channels'} if k in ('cost', 'multiple') else {})    # which are for groups
+        shell('prune', '--dry-run', '--recipe', name, *(o for each in own.items() for o in option(*each)))
+        assert seen.pop() == recipe(name, **own) == dataclasses.replace(base, **own), k
     shell('prune', '--dry-run', '--recipe', name, *(o for k, v in other.items() for o in option(k, v)))
     assert seen.pop() == Config(**other)
     shell('prune', '--dry-run', '--recipe', name, '--epochs', 50, '--sparsity', .5)
