@@ -52,7 +52,7 @@ class Hyperflux(GatedPruner):
         compile:bool=False, # Fuse the update of the presences with torch.compile
         plan:Plan|None=None, # In place of sparsity and steps: of these settings
         groups=None, # What a gate switches, such as `channels(model, example)`; None: a weight
-        cost=None, # What is to be removed: `weights`, `flops`, `bytes` or a `Latency`; None: `weights`
+        cost=None, # What is to be removed: `weights`, `flops` or a `Latency`; None: `weights`
     ):
         S, plan = settings, sole_plan(plan, sparsity=sparsity, steps=steps) or settings.plan(steps, sparsity)
         if groups is not None: plan = groups.plan(plan)                           # N:M says how sparse it is

@@ -101,7 +101,7 @@ class Pruner(Guards, Driven, Tally):
         ignore=(), # What to leave dense, likewise
         plan:Plan|None=None, # In place of sparsity and steps
         groups=None, # What a gate switches, such as `channels(model, example)`; None: a weight
-        cost=None, # What it costs: `weights`, `flops`, `bytes` or a `Latency`; None: as many as it has weights
+        cost=None, # What it costs: `weights`, `flops` or a `Latency`; None: as many as it has weights
     ):
         self.plan = sole_plan(plan, sparsity=sparsity, steps=steps) or Plan(sparsity, steps)
         self.model, self.optimizer, self.step, self.history = model, optimizer, 0, []

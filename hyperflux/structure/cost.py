@@ -50,6 +50,7 @@ class Cost:
         self.unit = getattr(price, 'unit', getattr(price, '__name__', 'cost'))
         self.price = price(terms, device)
         like = dict(dtype=torch.float64, device=device)
+        self.branched = any(t.branch >= 0 for t in terms)                       # known here: no step asks the device
         self.branch = torch.tensor([t.branch if t.branch >= 0 else n for t in terms], device=device)
         self.base = torch.tensor([_free(t) for t in terms], **like).view(-1, 2).T.contiguous()  # [2, terms]
         pairs = [p for i, t in enumerate(terms) for p in _pairs(i, t)]
@@ -63,18 +64,19 @@ class Cost:
         return self.base.index_add(1, self.term, self.times*gates[self.gate])
     def layers(self, gates:Tensor)->Tensor: # [terms]
         "What each layer costs"
-        return self.price(self.all, *self.alive(gates))*self._within(gates)
+        each = self.price(self.all, *self.alive(gates))
+        return each*self._within(gates) if self.branched else each
     def left(self, gates:Tensor)->Tensor:
         "What all that is alive costs"
         return self.fixed + self.layers(gates).sum()
     def marginal(self, gates:Tensor)->Tensor: # [n], >= 0
         "What each gate costs now: what would be saved without it, or added with it"
-        counts, z, within = self.alive(gates), gates[self.gate], self._within(gates)
+        counts, z = self.alive(gates), gates[self.gate]
         here, t = counts[:, self.term], self.term
         more = self.price(t, *(here + (1 - z)*self.times)) - self.price(t, *(here - z*self.times))
         c = torch.zeros(self.n + 1, dtype=torch.float64, device=gates.device)
-        c.index_add_(0, self.gate, more*within[t])
-        if (self.branch < self.n).any(): c.index_add_(0, self.branch, self.price(self.all, *counts))
+        c.index_add_(0, self.gate, more*self._within(gates)[t] if self.branched else more)
+        if self.branched: c.index_add_(0, self.branch, self.price(self.all, *counts))
         return c[:-1].clamp(min=0)
     def _within(self, gates):
         "Whether the branch of each layer is there"
