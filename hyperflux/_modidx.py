@@ -1238,6 +1238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'hyperflux/rivals/structured.py'),
                                              'hyperflux.rivals.structured.Structured.prune': ( 'rivals/structured.html#structured.prune',
                                                                                                'hyperflux/rivals/structured.py'),
+                                             'hyperflux.rivals.structured.Structured.ranks': ( 'rivals/structured.html#structured.ranks',
+                                                                                               'hyperflux/rivals/structured.py'),
                                              'hyperflux.rivals.structured.Structured.renew': ( 'rivals/structured.html#structured.renew',
                                                                                                'hyperflux/rivals/structured.py'),
                                              'hyperflux.rivals.structured.Structured.stage': ( 'rivals/structured.html#structured.stage',

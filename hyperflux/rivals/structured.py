@@ -66,7 +66,7 @@ class Structured(Baseline):
                              "such as channels(model, example), or take a rival that removes single weights")
         if normalise is not None: self.normalise = normalise
         super().__init__(model, optimizer, groups=groups, **how)
-        self.opened = self.groups.flat(1.)
+        self.opened, self.last = self.groups.flat(1.), self.groups.flat()
 
     @classmethod
     def fits(cls, plan): return super(Baseline, cls).fits(plan)      # a span without length is one shot
@@ -91,15 +91,22 @@ class Structured(Baseline):
 
     @torch.no_grad()
     def prune(self):
-        "Keeps those of the open gates with the highest scores that the plan pays for"
+        "Keeps those of the open gates with the highest scores that the plan pays for; at the last cut fills it up"
         score = self.score()
         if not score.isfinite().all():
             raise FloatingPointError(f"scores of {type(self).__name__} hold NaN or infinity at step {self.step}: "
                                      "training has diverged; lower the learning rate, or clip gradients")
         if self.normalise: score = self.by_bank(score)
-        order = torch.where(self.opened > 0, score, -math.inf)                  # what is shut comes last
-        self.groups.land_(order, max(self.planned*self.groups.whole, self.budget))
-        self.renew((order >= 0)*self.opened)
+        self.last = torch.where(self.opened > 0, score, self.last)              # of the shut: when they were open
+        rank = self.ranks()
+        self.groups.land_(rank, max(self.planned*self.groups.whole, self.budget))
+        stay = (rank >= 0).to(self.opened)
+        self.renew(stay if self.step >= self.plan.end else stay*self.opened)
+    def ranks(self)->Tensor: # [n]
+        "The shut gates below the open ones, both by their last scores"
+        order = self.last.argsort(stable=True)
+        order = order[self.opened[order].argsort(stable=True)]
+        return torch.empty_like(self.opened).scatter_(0, order, torch.arange(len(order)).to(self.opened))
     def by_bank(self, score:Tensor)->Tensor:
         "Divided by the mean over what is open in the same bank"
         banks = zip(self.groups.views(score), self.groups.views(self.opened))
@@ -107,6 +114,7 @@ class Structured(Baseline):
     def renew(self, gates):
         "Makes these the gates"
         if dist.is_available() and dist.is_initialized(): dist.broadcast(gates, 0)
+        self.births += int((gates > self.opened).sum())
         self.deaths += int((gates < self.opened).sum())
         self.opened.copy_(gates)
         self.groups.expand(self.opened, self.mask)
@@ -114,10 +122,11 @@ class Structured(Baseline):
                                  density=self.groups.left(self.opened)/self.groups.whole))
         self.apply_mask()
 
-    def extra(self): return dict(opened=self.opened, history=list(self.history))
+    def extra(self): return dict(opened=self.opened, last=self.last, history=list(self.history))
     def load_own(self, state):
         super().load_own(state)
-        self.opened, self.history = self.opened.to(self.mask), list(self.history)
+        self.opened, self.last = self.opened.to(self.mask), self.last.to(self.mask)
+        self.history = list(self.history)
         self.groups.expand(self.opened, self.mask)
 
 # %% ../../nbs/rivals/06_structured.ipynb #5e060010
