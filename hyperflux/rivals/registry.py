@@ -80,8 +80,7 @@ def _seed(run): return dict(seed=run.config.seed)
 def _some(run): return dict(batch=lambda: first_images(run, 128))
 def _ten_each(run): return dict(batch=lambda: first_images(run, 10, run.data.n_classes))
 
-def _seen(run): return dict(example=run.example)
-def _rows(run): return dict(example=run.example, p=1, of='rows')
+def _rows(run): return dict(p=1, of='rows')
 def _its_own(importance, **ways):
     "For Torch-Pruning, which looks at a batch of images too"
     def more(run): return dict(example=run.example, importance=importance, batch=lambda: first_images(run, 128), ways=ways)
@@ -113,13 +112,13 @@ METHODS = { # Name → Method
                       when='every 100 steps, sparse all along', paper='arXiv 1911.11134'),
     'l0': method_of(L0, _seed, untrained=True, sees='gradient of random gates', when='every step',
                     paper='arXiv 1712.01312'),
-    'group-l2': method_of(GroupMagnitude, _seen, sees='size of all that belongs to a channel',
+    'group-l2': method_of(GroupMagnitude, sees='size of all that belongs to a channel',
                           when='100 times, fast then slowly', paper='arXiv 2301.12900'),
     'group-l1': method_of(GroupMagnitude, _rows, sees='size of the rows that write a channel',
                           when='100 times, fast then slowly', paper='arXiv 1608.08710'),
-    'fpgm': method_of(FPGM, _seen, sees='distance of rows from their median', when='100 times, fast then slowly',
+    'fpgm': method_of(FPGM, sees='distance of rows from their median', when='100 times, fast then slowly',
                       paper='arXiv 1811.00250'),
-    'slimming': method_of(Slimming, _seen, sees='scales of batch norms', when='100 times, fast then slowly',
+    'slimming': method_of(Slimming, sees='scales of batch norms', when='100 times, fast then slowly',
                           paper='arXiv 1708.06519'),
     'group-taylor': method_of(GroupTaylor, sees='gradient times weight, of whole channels',
                               when='100 times, fast then slowly', paper='arXiv 1906.10771'),

@@ -87,13 +87,16 @@ class TorchPruned(Belonging):
     span, options = (0., 0.), ('normalise', 'importance')
     def __init__(self, model, optimizer, *,
         importance:str='magnitude', # One of SCORES
-        groups=None, example=None, # As in `Belonging`
+        example=None, # An input, or a tuple of inputs, to run the network on; ValueError without one
         batch=None, # As for `torch_pruning`
         ways:dict|None=None, # More for its pruner, such as global_pruning=False
         **how, # As in `Belonging`
     ):
+        if example is None:
+            raise ValueError("TorchPruned runs the network to find what depends on what: give example=, as to "
+                             "channels(model, example)")
         self.importance, self.example, self.batch, self.ways = importance, example, batch, ways or {}
-        super().__init__(model, optimizer, groups=groups, example=example, **how)
+        super().__init__(model, optimizer, **how)
     def looks_at(self, columns, writers): return [m for m in writers if m.index.ndim == 1]
     def refuse(self, name):
         self.detach()

@@ -32,6 +32,7 @@ class Grouping:
     total:dict = field(default_factory=dict) # Of the whole model, by price: what is in no term is fixed
     multiple:int = 1 # By how many gates a bank may change at the landing
     kind:str = 'groups' # In words
+    writers:list[Member] = field(default_factory=list) # What else belongs to a channel, for scores that look at it
 
     def weights(self,
         model:nn.Module, # ValueError if it lacks one of them
@@ -66,8 +67,10 @@ class Grouping:
         return Cost(self.terms, n, price, max(0., total - known.whole), device)
 
     def __repr__(self):
-        n, p = sum(b.n for b in self.banks), len({m.name for m in self.members})
-        return f'{self.kind}: {n:,} gates in {len(self.banks)} banks, on {p} weights'
+        def some(n, what): return f"{n:,} {what}{'s'*(n != 1)}"
+        gates, names = sum(b.n for b in self.banks), {m.name for m in self.members}
+        return (f"{self.kind}: {some(gates, 'gate')} in {some(len(self.banks), 'bank')}, on "
+                f"{some(len(names), 'weight')}")
 
 def _fits(name, index, shape):
     "ValueError if an index does not broadcast to a parameter"
@@ -132,6 +135,7 @@ class Layer(NamedTuple):
     shape:tuple # As it lies
     owner:nn.Module # The module that has it
     flops:float # Of one weight, in one sample; NaN: not known
+    itemsize:int|None=None # Bytes of one weight
 
     @property
     def conv(self)->bool: return isinstance(self.owner, nn.modules.conv._ConvNd)
@@ -207,5 +211,6 @@ def layers_of(
     "The chosen weights"
     named, of = select(model, targets, ignore), {} if example is None else operations(model, example)
     owners = _owners(model)
-    out = [Layer(n, tuple(p.shape), owners[id(p)], (of.get(n) or math.nan)/p.numel()) for n, p in named.items()]
+    out = [Layer(n, tuple(p.shape), owners[id(p)], (of.get(n) or math.nan)/p.numel(), p.dtype.itemsize)
+           for n, p in named.items()]
     return out, of.get('')

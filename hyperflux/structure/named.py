@@ -11,14 +11,16 @@ from typing import Callable
 
 from ..helpers import did_you_mean, imported
 from .channels import channels, heads
-from .cost import flops, weights
+from .cost import flops, nbytes, weights
 from .forms import blocks, columns, kernels, rows, single
+from .latency import Latency
 from .nm import nm
 
 # %% ../../nbs/structure/13_named.ipynb #5c110006
 FORMS = dict(single=single, channels=channels, heads=heads, rows=rows, columns=columns, kernels=kernels, blocks=blocks,
              nm=nm) # Name → function of a model, of an example, and of what else it names
-PRICES = dict(weights=weights, flops=flops)
+PRICES = dict(weights=weights, flops=flops, bytes=nbytes,
+              latency=Latency) # Name → price; Latency: what makes one, of a model and an example
 
 def form_of(
     name:str, # A key of FORMS, with numbers after colons; package.module:function; or '' for single weights
@@ -47,7 +49,7 @@ def _made(form, numbers, model, example, ignore=(), multiple=1):
 
 def price_of(
     name:str, # A key of PRICES, or package.module:name
-)->Callable: # ValueError if there is none
+)->Callable: # ValueError if there is none; `Latency` itself is no price yet: it has to be measured
     "A price by name"
     return PRICES[name] if name in PRICES else _own('cost', name, PRICES)
 

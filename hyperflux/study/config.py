@@ -33,7 +33,9 @@ class Config:
     ignore:str = ''                     # layers to leave dense: names, types or re:patterns, separated by commas
     # what a gate switches: '' a weight, channels, or another of FORMS (blocks:4:4, nm:2:4), or package.module:function
     groups:str = ''
-    cost:str = 'weights'                # of what sparsity is a share: weights, flops, or package.module:name
+    # of what sparsity is a share: weights, flops, bytes, latency (measured where the run begins), or package.module:name
+    cost:str = 'weights'
+    latency_batch:int = 1               # cost=latency: images at once
     multiple:int = 1                    # groups: widths become multiples of it, such as 8
     metric:str = 'accuracy'             # what tables show: accuracy, top5 or package.module:function (outputs, targets)
     seed:int = 0                        # of the network, the order of the images and the gates
@@ -146,7 +148,7 @@ def _authors(config): return authors(config.prune_epochs, config.regrow_epochs, 
 # %% ../../nbs/study/01_config.ipynb #586b4ea3
 _CHOICES = dict(optimizer=('adam', 'adamw', 'sgd'), schedule=('cosine', 'step'),
                 precision=('float32', 'bf16', 'fp16'), task=('lenet', 'cifar', 'imagenet'))
-_LEAST = (dict.fromkeys(('prune_epochs', 'batch_size', 'accumulate', 'multiple'), 1)
+_LEAST = (dict.fromkeys(('prune_epochs', 'batch_size', 'accumulate', 'multiple', 'latency_batch'), 1)
           | dict.fromkeys(('dense_epochs', 'regrow_epochs', 'crop', 'cutout', 'size'), 0)
           | dict.fromkeys(('warmup_epochs', 'weight_decay', 'clip', 'momentum'), 0))
 _RATES = [f'{stage}{end}_lr' for stage in ('dense', 'prune', 'regrow') for end in ('', '_final')]
@@ -168,6 +170,8 @@ def _check(c):
     if c.accumulate > c.batch_size:
         raise ValueError(f"accumulate={c.accumulate} divides a batch of {c.batch_size} images: ask for at most that")
 
+_WIDE = 'single', 'rows', 'columns', 'kernels', 'blocks', 'nm'                  # forms that change no width
+
 def _check_groups(c):
     if c.groups and not method(c.method).groups:
         able = ', '.join(k for k, m in METHODS.items() if m.groups)
@@ -178,6 +182,11 @@ def _check_groups(c):
     if not c.groups and (c.cost, c.multiple) != ('weights', 1):
         raise ValueError("cost and multiple are for groups, and none were asked for: add groups='channels', or "
                          "groups='single' for single weights at the price of their layers")
+    if c.cost == 'latency' and c.groups.split(':')[0] in _WIDE:
+        raise ValueError(f"cost=latency is what layers take at other widths, and groups={c.groups} leave all layers as "
+                         "wide as they are: take groups=channels or heads, or cost=flops")
+    if c.cost != 'latency' and c.latency_batch != 1:
+        raise ValueError(f"latency_batch={c.latency_batch} is for cost=latency, and cost={c.cost}: leave it out")
 
 def _own_number(kind, value):
     "NumPy's and PyTorch's numbers as Python's, since the record is hashed and written as JSON"

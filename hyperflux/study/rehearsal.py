@@ -6,7 +6,7 @@
 __all__ = ['rehearse', 'rehearsal_text']
 
 # %% ../../nbs/study/06_rehearsal.ipynb #019f2a30
-import statistics, time
+import dataclasses, statistics, time
 
 import torch
 
@@ -28,6 +28,8 @@ def rehearse(
 )->dict: # seconds a step (dense, prune) and for all; losses, one a step; memory (bytes at most on a GPU, else None)
     "A few steps of dense training and of pruning, at full size"
     no_denormals()
+    if config.cost == 'latency':                                            # a step takes as long at any price
+        config = dataclasses.replace(config, cost='flops', latency_batch=1)
     data = data or load_data(config.data, valid=config.valid, size=config.size)
     run = Run(config, data, device, compile, world)
     if run.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(run.device)

@@ -23,6 +23,7 @@ from ..lab.weights import load_weights
 from ..plots import BLUE, COLORS, shade_stages
 from ..rivals.registry import method
 from ..structure.cost import flops
+from ..structure.latency import Latency
 from .measure import metric_name
 from .config import Config
 
@@ -87,9 +88,10 @@ def summary(
 )->dict: # Numbers and the layers' rows
     "What the run asked for and what it reached"
     c, p, rows, last = run.config, run.pruner, run.pruner.layers(), run.history[-1]
-    left, name, G = rows[-1]['left'], metric_name(c.metric), p.groups
+    left, name, G, price = rows[-1]['left'], metric_name(c.metric), p.groups, run.chosen.get('cost')
     grouped = {} if G.single else dict(cost=_cost(p), widths=G.widths(G.found(p.current())))
     reached = 1 - left/p.d if G.single else 1 - grouped['cost']['left']/G.whole
+    if isinstance(price, Latency): grouped['latency'] = str(price)
     score = {} if name == 'accuracy' else dict(score=dict(name=name, dense=run.dense_score, pruned=last[name]))
     return dict(config=dataclasses.asdict(c), in_shape=list(run.data.in_shape), n_classes=run.data.n_classes,
                 dense_accuracy=run.dense_accuracy, accuracy=last['accuracy'], top5=last['top5'], **score,
@@ -110,7 +112,8 @@ def summary_text(
     "The summary as a table"
     rows, table = _rows(s), density_table(s['layers'], markdown=markdown)
     differs = s.get('differs', '')                            # the model from the mask; older summaries do not know
-    end = f"\n\nThe model is not what the pruner made it: {differs}"*bool(differs)
+    end = f"\n\n{s['latency']}" if 'latency' in s else ''
+    end += f"\n\nThe model is not what the pruner made it: {differs}"*bool(differs)
     if markdown: return '| | |\n|---|---:|\n' + '\n'.join(f'| {a} | {b} |' for a, b in rows) + f'\n\n{table}{end}'
     wide = max(24, *(len(a) + 2 for a, _ in rows))
     return '\n'.join(f'{a:<{wide}}{b:>20}' for a, b in rows) + f'\n\n{table}{end}'
@@ -194,7 +197,7 @@ def clear_run(
     folder, # Of a run
 ):
     "Removes a run's own files, and no others"
-    own = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html'
+    own = 'summary.json', 'config.json', 'history.csv', 'model.safetensors', 'run.png', 'report.html', 'latency.json'
     deployed = ('model.sparse', 'compact.sparse', 'network.safetensors', 'model.onnx', 'deploy.json', 'deploy.txt',
                 'deploy.png')
     paths = [Path(folder)/n for n in own] + [Path(folder)/'deploy'/n for n in deployed]

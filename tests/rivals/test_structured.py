@@ -8,7 +8,8 @@ from torch import nn
 
 from hyperflux.deploy.compact import compact
 from hyperflux.rivals.l0 import L0
-from hyperflux.rivals.structured import FPGM, GroupMagnitude, GroupRandom, GroupTaylor, Slimming, writers
+from hyperflux.rivals.structured import FPGM, GroupMagnitude, GroupRandom, GroupTaylor, Slimming
+from hyperflux.rivals.torch_pruning import TorchPruned
 from hyperflux.structure.channels import channels
 from hyperflux.structure.cost import flops, flops_by_module, weights
 from tests.rivals.rig import through_a_file
@@ -55,7 +56,6 @@ def start(name, build=convnet, seed=0, opt=lambda ps: torch.optim.SGD(ps, .05, m
     o = opt(m.parameters())
     how = dict(sparsity=.75, steps=40, cost=flops, updates=10) | more | how
     how.setdefault('groups', grouped(build))
-    if kind not in (GroupTaylor, GroupRandom): how['example'] = xs[:2]
     return m, o, kind(m, o, **how)
 
 
@@ -228,7 +228,7 @@ def test_slimming_pulls_at_scales(fused, maximize):
 def test_writers_of_a_stream():
     "Both layers that write a residual stream, the grouped one with all rows of a group, and norms and biases"
     m = Residual()
-    found = {w.name: w.index for w in writers(m, xs[:2], channels(m, xs[:2]))}
+    found = {w.name: w.index for w in channels(m, xs[:2]).writers}
     assert list(found) == ['first.weight', 'first.bias', 'norm1.weight', 'norm1.bias', 'inner.weight', 'inner.bias',
                            'norm2.weight', 'norm2.bias']
     assert all(i.flatten().tolist() == [0, 0, 1, 1, 2, 2] for i in found.values())
@@ -248,13 +248,13 @@ def test_refusals():
     for kind in GroupMagnitude, FPGM, Slimming, GroupTaylor, GroupRandom:
         with pytest.raises(ValueError, match=f'{kind.__name__} removes groups of weights, and was given none'):
             kind(m, o, **how)
-    with pytest.raises(ValueError, match='GroupMagnitude looks at all that belongs.*give example='):
-        GroupMagnitude(m, o, groups=groups, **how)
+    with pytest.raises(ValueError, match='TorchPruned runs the network.*give example='):
+        TorchPruned(m, o, groups=groups, **how)
     with pytest.raises(ValueError, match="1 has none behind it: give it one, or keep its channels.*ignore='1'"):
-        Slimming(m, o, groups=groups, example=xs[:2], **how)
+        Slimming(m, o, groups=groups, **how)
     with pytest.raises(ValueError, match='smallest network these groups allow'):
         GroupRandom(m, o, groups=groups, **how | dict(sparsity=.999))
-    with pytest.raises(ValueError, match='made for another model'): writers(convnet(), xs[:2], groups)
+    with pytest.raises(ValueError, match='made for another model'): GroupMagnitude(convnet(), o, groups=groups, **how)
     GroupRandom(m, o, groups=groups, **how)
 
 

@@ -111,7 +111,7 @@ def test_counts_by_hand():
     "Tiles of 2 × 3 in a matrix 5 × 7: four whole ones, two of 2 × 1, two of 1 × 3, one of 1 × 1"
     g = blocks(nn.Linear(7, 5), 2, 3)
     assert [(b.n, t.weights) for b, t in zip(g.banks, g.terms)] == [(4, 6), (2, 3), (2, 2), (1, 1)]
-    assert g.cost().whole == 35 and repr(g) == 'blocks of 2 × 3: 9 gates in 4 banks, on 1 weights'
+    assert g.cost().whole == 35 and repr(g) == 'blocks of 2 × 3: 9 gates in 4 banks, on 1 weight'
 
 
 @pytest.mark.parametrize('floor, floors', [(1, [1, 0, 0, 0]), (5, [4, 1, 0, 0]), (0, [0, 0, 0, 0]), (1., [4, 2, 2, 1]),
