@@ -303,3 +303,23 @@ def test_rows_are_means_over_seeds():
     assert (a['n'], a['seeds'], a['dense_mean'], a['accuracy_mean'], a['accuracy_std'], a['cost_mean'],
             a['cost_std']) == (2, [0, 1], 91., 89.5, .707, 1.5, .707)
     assert (a['left_min'], a['left_max'], b['n'], b['accuracy_std'], b['sparsity']) == (10, 11, 1, 0., .99)
+
+
+@pytest.mark.long
+def test_networks_of_a_comparison_are_measured(tmp_path):
+    "Those that pruned groups get a row for each batch and runtime, once; a folder without them is told"
+    from benchmarks import compared
+    with pytest.raises(SystemExit): compared.main([str(tmp_path)])
+    code, text = program('hyperflux.__main__', 'compare', '--groups', 'channels', '--cost', 'flops', '--seeds', 1,
+                         '--methods', 'hyperflux', '--sparsities', '.9', '--epochs', 3, '--quiet', '--out',
+                         tmp_path/'runs')
+    assert code == 0, text
+    out = tmp_path/'speed.json'
+    first = compared.main([str(tmp_path/'runs'), '--smoke', '--threads', '1', '--out', str(out)])
+    assert [(r['method'], r['batch'], r['runtime']) for r in first['rows']] == [
+        ('hyperflux', b, runtime) for b in (1, 64) for runtime in ('eager', 'onnxruntime')]
+    for r in first['rows']:
+        assert r['operations'] <= .1 and r['gap'] < 1e-5
+        assert r['ratio'] == r['dense'][1]/r['small'][1]
+    again = compared.main([str(tmp_path/'runs'), '--smoke', '--threads', '1', '--out', str(out)])
+    assert again['rows'] == json.loads(out.read_text())['rows'] == first['rows']
