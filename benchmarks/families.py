@@ -28,7 +28,8 @@ import hyperflux
 from hyperflux import Hyperflux
 from hyperflux.structure import channels, flops, flops_by_module
 from hyperflux.structure.walk import first_line
-from hyperflux.deploy.compact import compact, relative_gap
+from hyperflux.deploy.branches import relative_gap
+from hyperflux.deploy.compact import compact
 
 from .common import fresh_process, provenance, resume, spelled, table, write_json
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'VIOLET', 'BROWN', 'PINK', 'GREY', 'YELLOW', 'SKY', 'COLORS', 'METHODS', 'STAGES',
-           'house_style', 'sparsity_axis', 'shade_stages', 'figure_rows', 'write_numbers']
+           'house_style', 'sparsity_axis', 'shade_stages', 'plot_widths', 'figure_rows', 'write_numbers']
 
 # %% ../nbs/plots.ipynb #fc8b0409
-import csv
+import csv, math
 
 from .helpers import atomic
 
@@ -29,7 +29,7 @@ def house_style(
 BLUE, ORANGE, GREEN, RED, VIOLET = '#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc'
 BROWN, PINK, GREY, YELLOW, SKY = '#ca9161', '#fbafe4', '#949494', '#ece133', '#56b4e9'
 COLORS = dict(present=BLUE, absent=ORANGE, density=BLUE, planned='k', pressure=ORANGE, accuracy=GREEN, births=GREEN,
-              deaths=RED, training=BLUE, held_out=RED, authors=GREY)
+              deaths=RED, training=BLUE, held_out=RED, authors=GREY, before='#cfe2ee')
 METHODS = dict(hyperflux=BLUE, authors=GREY, random=ORANGE, magnitude=GREEN, gmp=VIOLET, progressive=BROWN, mp=PINK,
                taylor=ORANGE, l0=GREEN, rigl=RED, snip=ORANGE, grasp=GREEN, imp=RED)
 METHODS |= {'magnitude-layer': RED, 'imp-own': RED}
@@ -60,6 +60,39 @@ def shade_stages(ax,
         begin = r['epoch']
     ax.set(xlim=(history[0]['epoch'] - 1, history[-1]['epoch']), xlabel='epoch')
     return ax
+
+# %% ../nbs/plots.ipynb #fc8b0421
+def plot_widths(
+    widths, # A pruner of groups; or rows with bank, gates and open, as in the summary of a run
+    ax=None, # matplotlib axes; None: new ones, as high as there are layers
+): # The axes
+    "The widths of a network, before and after"
+    rows = widths if isinstance(widths, list) else _widths(widths)
+    if ax is None:
+        import matplotlib.pyplot as plt
+        ax = plt.subplots(figsize=(5.5, .6 + .22*len(rows)), layout='constrained')[1]
+    y, most = range(len(rows)), max(r['gates'] for r in rows)
+    for k, color, label in ('gates', COLORS['before'], 'before'), ('open', BLUE, 'after'):
+        ax.barh(y, [r[k] for r in rows], left=[-r[k]/2 for r in rows], height=.84, color=color, lw=0, label=label)
+    row = .9*ax.bbox.height*72/ax.figure.dpi/(len(rows) + 1)                    # points; .9: what is beside the axes
+    size, every = min(9, max(5, .8*row)), max(1, math.ceil(6/row))
+    for i, r in enumerate(rows if every == 1 else ()):
+        now = f"{r['gates']:,} → {r['open']:,}" if r['open'] < r['gates'] else f"{r['gates']:,}"
+        ax.annotate(now, (r['gates']/2, i), (4, 0), textcoords='offset points', va='center', fontsize=size, color='.3')
+    ax.set_yticks(y[::every], [r['bank'] or 'model' for r in rows[::every]], fontsize=size)
+    ax.set(ylim=(len(rows) - .4, -.6), xlim=(-.52*most, .78*most), xticks=[])   # on the right: room for numbers
+    ax.tick_params(axis='y', length=0)
+    for s in ax.spines.values(): s.set_color('none')                            # also if seaborn switches it on again
+    ax.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0, fontsize=9)
+    return ax
+
+def _widths(pruner):
+    "What is in the model now; ValueError if gates switch single weights"
+    G = pruner.groups
+    if G.single:
+        raise ValueError("widths are of groups, and this pruner's gates switch single weights: give it groups=, such as "
+                         "channels(model, example)")
+    return G.widths(G.found(pruner.current()))
 
 # %% ../nbs/plots.ipynb #b59764b7
 def figure_rows(fig, # A matplotlib figure, drawn

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .compact import relative_gap
+from .branches import relative_gap
 from ..helpers import atomic
 from ..structure.walk import EXPORTING, copied, evaluating, plainly
 

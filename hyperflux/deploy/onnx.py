@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.walk import evaluating
-from .compact import flat_outputs, relative_gap
+from .branches import flat_outputs, relative_gap
 from ..helpers import atomic
 
 # %% ../../nbs/deploy/10_onnx.ipynb #a90a0009

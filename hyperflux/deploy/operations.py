@@ -9,7 +9,7 @@ __all__ = ['PICOJOULES', 'inputs_of', 'length_of', 'samples_of', 'operations', '
 import torch
 from torch import nn
 
-from .compact import flat_outputs
+from .branches import flat_outputs
 from ..structure.cost import flops_by_module
 
 # %% ../../nbs/deploy/02_operations.ipynb #6a1c0f57

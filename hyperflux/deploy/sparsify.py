@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .candidates import Bfloat16, candidates, fold_norms, hooked, in_sequence, replaceable
-from .compact import flat_outputs, relative_gap
+from .branches import flat_outputs, relative_gap
 from .kernels import BETWEEN, SparseChain, turn
 from .operations import inputs_of
 from ..helpers import format_table, race, whole_number

@@ -20,14 +20,17 @@ def carry(
 )->Optimizer: # Of the same class; ValueError if a parameter is not found again
     "The optimiser for the smaller network, with what it remembers of all that is left"
     names, theirs = {id(p): n for n, p in model.named_parameters()}, dict(small.named_parameters())
+    gone = {n for branch in report.gone for n in branch['parameters']}
+    def stays(p): return names.get(id(p)) not in gone
     def twin(p):
         name = names.get(id(p))
         if name in theirs: return theirs[name]
         raise ValueError(f"the optimiser trains {name or 'a parameter that is not of this model'}, and the smaller "
                          "network has no such parameter: make a new optimiser for it")
-    groups = [group | dict(params=[twin(p) for p in group['params']]) for group in optimizer.param_groups]
+    groups = [group | dict(params=[twin(p) for p in group['params'] if stays(p)]) for group in optimizer.param_groups]
     new = type(optimizer)(groups, lr=groups[0]['lr'])
     for p, own in optimizer.state.items():
+        if not stays(p): continue
         kept = report.kept.get(names[id(p)], {})
         new.state[twin(p)] = {k: _cut(v, p, kept) for k, v in own.items()}
     return new

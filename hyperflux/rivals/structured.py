@@ -38,7 +38,7 @@ class Structured(Baseline):
         self.opened, self.last = self.groups.flat(1.), self.groups.flat()
 
     @classmethod
-    def fits(cls, plan): return super(Baseline, cls).fits(plan)      # a span without length is one shot
+    def fits(cls, plan): return super(Baseline, cls).fits(plan)                 # a span without length is one shot
     def asked(self): return dict(super().asked(), **{k: getattr(self, k) for k in self.options})
     @property
     def planned(self)->float:
@@ -50,7 +50,6 @@ class Structured(Baseline):
         "dense, prune, finetune or done"
         begun = (self.steps, 'done'), (self.plan.end, 'finetune'), (self.plan.begin, 'prune'), (0, 'dense')
         return next(name for step, name in begun if self.step >= step)
-
     def begin_pruning(self):
         if self.plan.end == 0: self.prune()
     def advance(self):
@@ -62,9 +61,7 @@ class Structured(Baseline):
     def prune(self):
         "Keeps those of the open gates with the highest scores that the plan pays for; at the last cut fills it up"
         score = self.score()
-        if not score.isfinite().all():
-            raise FloatingPointError(f"scores of {type(self).__name__} hold NaN or infinity at step {self.step}: "
-                                     "training has diverged; lower the learning rate, or clip gradients")
+        if not score.isfinite().all(): self.diverged()
         if self.normalise: score = self.by_bank(score)
         self.last = torch.where(self.opened > 0, score, self.last)              # of the shut: when they were open
         rank = self.ranks()
@@ -75,7 +72,10 @@ class Structured(Baseline):
         "The shut gates below the open ones, both by their last scores"
         order = self.last.argsort(stable=True)
         order = order[self.opened[order].argsort(stable=True)]
-        return torch.empty_like(self.opened).scatter_(0, order, torch.arange(len(order)).to(self.opened))
+        return order.argsort().to(self.opened)
+    def diverged(self):
+        raise FloatingPointError(f"scores of {type(self).__name__} hold NaN or infinity at step {self.step}: training "
+                                 "has diverged; lower the learning rate, or clip gradients")
     def by_bank(self, score:Tensor)->Tensor:
         "Divided by the mean over what is open in the same bank"
         banks = zip(self.groups.views(score), self.groups.views(self.opened))
@@ -90,7 +90,6 @@ class Structured(Baseline):
         self.history.append(dict(step=self.step, stage=self.stage, planned=self.planned, pressure=None,
                                  density=self.groups.left(self.opened)/self.groups.whole))
         self.apply_mask()
-
     def extra(self): return dict(opened=self.opened, last=self.last, history=list(self.history))
     def load_own(self, state):
         super().load_own(state)

@@ -15,7 +15,7 @@ from torch import nn
 from ..core.pressure import check_sparsity
 from ..helpers import in_eval, whole_number
 from .structured import Belonging
-from ..structure.cost import flops_by_module
+from ..structure.cost import flops, flops_by_module
 from ..structure.walk import Channels
 
 # %% ../../nbs/rivals/07_torch_pruning.ipynb #5e070007
@@ -95,6 +95,9 @@ class TorchPruned(Belonging):
         if example is None:
             raise ValueError("TorchPruned runs the network to find what depends on what: give example=, as to "
                              "channels(model, example)")
+        if how.get('cost') is not flops:
+            raise ValueError("Torch-Pruning cuts to a share of operations: give cost=flops, or take another rival, such "
+                             "as GroupMagnitude")
         self.importance, self.example, self.batch, self.ways = importance, example, batch, ways or {}
         super().__init__(model, optimizer, **how)
     def looks_at(self, columns, writers): return [m for m in writers if m.index.ndim == 1]

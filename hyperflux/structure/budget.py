@@ -80,7 +80,7 @@ def settle_(
     stay = stay.bool()
     high = presence[~stay].max() if (~stay).any() else presence.new_tensor(-torch.inf)
     over = presence[stay & (presence > high)]
-    line = over.min() if len(over) else presence[stay].max()
+    line = over.min() if len(over) else presence[stay if stay.any() else ~stay].max()    # none stays: all go below zero
     shift = shift_(presence, line, ~stay)
     presence.masked_fill_(stay & (presence < 0), 0.)
     return shift

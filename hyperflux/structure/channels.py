@@ -48,13 +48,14 @@ def _grouping(model, example, ch, fixed, floor, multiple, kind):
     "All that hangs on gates of variables that are not fixed"
     gate, banks = _gates(ch, fixed, floor)
     if not banks: raise ValueError(f"no {kind[:-1]} of this model can go: " + _reasons(ch))
-    return Grouping(_members(model, ch, gate), banks, _terms(ch, gate, itemsizes(model)), totals(model, example), multiple,
-                    kind, _writers(model, ch, gate))
+    terms, writers = _terms(ch, gate, itemsizes(model)), _writers(model, ch, gate)
+    return Grouping(_members(model, ch, gate), banks, terms, totals(model, example), multiple, kind, writers)
 
 def totals(model, example)->dict: # By price
     "What the whole model takes"
     every = select(model).values()
-    return dict(flops=_flops(model, example), weights=sum(p.numel() for p in every), nbytes=sum(p.nbytes for p in every))
+    numbers, nbytes = sum(p.numel() for p in every), sum(p.nbytes for p in every)
+    return dict(flops=_flops(model, example), weights=numbers, nbytes=nbytes)
 
 def itemsizes(model)->dict[str, int]:
     "Bytes of one number, by name of a parameter or buffer, under all its names"

@@ -45,7 +45,8 @@ def _numbered(index, layer, first, floor):
     for size, n in zip(*np.unique(-counts, return_counts=True)):                 # -counts: from the largest
         here, n = min(stay, int(n)), int(n)
         banks.append(Bank(f'{name}, groups of {-size}' if banks else name, n, here))
-        terms.append(Term(layer.name, np.arange(first, first + n), None, float(-size), -size*layer.flops))
+        gates = np.arange(first, first + n)
+        terms.append(Term(layer.name, gates, None, float(-size), -size*layer.flops, itemsize=layer.itemsize))
         first, stay = first + n, stay - here
     return member, banks, terms
 
@@ -227,7 +228,7 @@ class Singles:
         "What they take"
         price, one = price or weights, torch.ones(len(self.layers), dtype=torch.float64)
         name, none = getattr(price, '__name__', 'cost'), np.zeros(0, int)
-        terms = [Term(l.name, none, None, 1., l.flops) for l in self.layers]
+        terms = [Term(l.name, none, None, 1., l.flops, itemsize=l.itemsize) for l in self.layers]
         each = _each(price, name, terms, one)
         if each.isnan().any(): raise ValueError(unknown(self.kind, terms, 'flops' in self.total))
         cost = Apiece(layout, each.tolist(), getattr(price, 'unit', name))

@@ -94,26 +94,34 @@ def unknown(
 # %% ../../nbs/structure/06_grouping.ipynb #5c0d0022
 @patch
 def __add__(self:Grouping,
-    other:Grouping, # Of other weights of the same model; ValueError if they share a layer, or are not of one model
+    other:Grouping, # Of the same model; ValueError if both have gates on a weight, and neither those of its branch
 )->Grouping:
     "Both, under one pressure"
     if not isinstance(other, Grouping): return NotImplemented
     n, kind = sum(b.n for b in self.banks), f'{self.kind} and {other.kind}'
-    _apart(kind, {m.name for m in self.members} & {m.name for m in other.members})
-    if self.multiple != other.multiple:
+    shared = {m.name for m in self.members} & {m.name for m in other.members}
+    for name in sorted(shared): _apart(kind, name, not (_whole(self, name) or _whole(other, name)))
+    wide = [g.multiple for g in (self, other) if any(b.n > 1 for b in g.banks)] or [1]
+    if min(wide) < max(wide):
         raise ValueError(f"{kind} change widths by {self.multiple} and by {other.multiple} gates: make both alike")
     for k in self.total.keys() & other.total.keys():
         if self.total[k] != other.total[k]:
             raise ValueError(f"{kind} count {self.total[k]:,.0f} and {other.total[k]:,.0f} {k} in all: make both for "
                              "the same model, with the same example")
-    members = [m._replace(index=torch.where(m.index < 0, -1, m.index + n)) for m in other.members]
+    members, writers = ([m._replace(index=torch.where(m.index < 0, -1, m.index + n)) for m in some]
+                        for some in (other.members, other.writers))
     terms, total = _joined(kind, self.terms, [_moved(t, n) for t in other.terms]), self.total | other.total
-    return Grouping(self.members + members, self.banks + other.banks, terms, total, self.multiple, kind)
+    members, banks, writers = self.members + members, self.banks + other.banks, self.writers + writers
+    return Grouping(members, banks, terms, total, wide[0], kind, writers)
 
-def _apart(kind, shared):
-    "ValueError if two groupings have something in common"
-    if not shared: return
-    raise ValueError(f"{kind} both have gates on {min(shared)}: leave it out of one of them, with ignore=")
+def _apart(kind, name, both):
+    "ValueError if two groupings have gates in one place"
+    if both: raise ValueError(f"{kind} both have gates on {name}: leave it out of one of them, with ignore=")
+
+def _whole(g, name):
+    "Whether only branches as a whole have gates on this weight"
+    branches = {t.branch for t in g.terms} | {-1}
+    return len(branches) > 1 and all({*m.index.unique().tolist()} <= branches for m in g.members if m.name == name)
 
 def _moved(t, n):
     "A term whose gates are numbered from n"
@@ -121,12 +129,22 @@ def _moved(t, n):
     return t._replace(ins=move(t.ins), outs=move(t.outs), branch=int(move(np.array(t.branch))))
 
 def _joined(kind, a, b):
-    "The terms of both, each layer once: of the one that has gates there"
-    gated = lambda t: t.branch >= 0 or (t.ins >= 0).any() or t.outs is not None and (t.outs >= 0).any()
-    mine, theirs = ({t.name for t in terms if gated(t)} for terms in (a, b))
-    _apart(kind, mine & theirs)
-    known = {t.name for t in a}
-    return [t for t in a if t.name not in theirs] + [t for t in b if t.name in theirs or t.name not in known]
+    "The terms of both, each layer once"
+    mine, theirs = ({t.name: [u for u in terms if u.name == t.name] for t in terms} for terms in (a, b))
+    return [t for n in mine | theirs for t in _layer(kind, n, mine.get(n, []), theirs.get(n, []))]
+
+def _layer(kind, name, a, b):
+    "The terms of one layer: with the gates of channels that the one has, and of the branch that the other has"
+    sides = lambda terms: any((s >= 0).any() for t in terms for s in (t.ins, t.outs) if s is not None)
+    inside = lambda terms: any(t.branch >= 0 for t in terms)
+    _apart(kind, name, sides(a) and sides(b) or inside(a) and inside(b))
+    if not a or not b: return a or b
+    if sides(b) or inside(a): a, b = b, a
+    if not inside(b) or not sides(a): return b if inside(b) else a
+    if len(a) != len(b):
+        _apart(kind, name, len({t.branch for t in b}) > 1)                      # used in several branches
+        b = [b[0]._replace(weights=max(t.weights for t in b))]*len(a)
+    return [t._replace(branch=u.branch, weights=t.weights*(u.weights > 0)) for t, u in zip(a, b)]
 
 # %% ../../nbs/structure/06_grouping.ipynb #5c0d000f
 class Layer(NamedTuple):

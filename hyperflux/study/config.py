@@ -33,7 +33,7 @@ class Config:
     ignore:str = ''                     # layers to leave dense: names, types or re:patterns, separated by commas
     # what a gate switches: '' a weight, channels, or another of FORMS (blocks:4:4, nm:2:4), or package.module:function
     groups:str = ''
-    # of what sparsity is a share: weights, flops, bytes, latency (measured where the run begins), or package.module:name
+    # of what sparsity is a share: weights, flops, bytes, latency (measured first), or package.module:name
     cost:str = 'weights'
     latency_batch:int = 1               # cost=latency: images at once
     multiple:int = 1                    # groups: widths become multiples of it, such as 8
@@ -182,7 +182,7 @@ def _check_groups(c):
     if not c.groups and (c.cost, c.multiple) != ('weights', 1):
         raise ValueError("cost and multiple are for groups, and none were asked for: add groups='channels', or "
                          "groups='single' for single weights at the price of their layers")
-    if c.cost == 'latency' and c.groups.split(':')[0] in _WIDE:
+    if c.cost == 'latency' and any(form.split(':')[0] in _WIDE for form in c.groups.split('+')):
         raise ValueError(f"cost=latency is what layers take at other widths, and groups={c.groups} leave all layers as "
                          "wide as they are: take groups=channels or heads, or cost=flops")
     if c.cost != 'latency' and c.latency_batch != 1:

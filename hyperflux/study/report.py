@@ -12,7 +12,7 @@ from pathlib import Path
 from ..helpers import atomic, duration
 from ..core.meter import plot_flux
 from ..rivals.registry import method
-from ..plots import COLORS, shade_stages
+from ..plots import COLORS, plot_widths, shade_stages
 from .config import Config
 from .results import read_history, read_summary
 
@@ -32,6 +32,7 @@ def figures(
     history:list[dict], # Of `read_history`
     flux:dict|None=None, # Of `FluxMeter.histogram`
     metric:str='accuracy', # A column of the history, besides accuracy
+    widths:list[dict]|None=None, # Of groups, as in a summary
 )->dict: # Title → SVG
     "The run in pictures"
     es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
@@ -43,6 +44,9 @@ def figures(
     if flux:
         room = dict(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
         out['Flux, when pressure ended'] = _svg(lambda ax: plot_flux(flux, ax).set(**room), (5.2, 3))
+    if widths:
+        high = min(9, max(3, .6 + .2*len(widths)))
+        out['Widths, before and after'] = _svg(lambda ax: plot_widths(widths, ax), (5.2, high))
     return out
 
 def _density(ax, es, get):
@@ -141,13 +145,21 @@ def _settings(config):
     first = table(own, True) if own else '<p>All as by default.</p>'
     return f'{first}<details><summary>{len(rest)} settings as by default</summary>{table(rest, False)}</details>'
 
+def _counts(s):
+    "What is left: of what groups cost, or of single weights"
+    weights = f"of {s['weights']:,} weights left"
+    if 'cost' not in s: return [(f"{s['left']:,}", f"{weights}, {s['keep']:,} asked")]
+    c = s['cost']
+    cost = f"{c['left']:,.0f}", f"of {c['whole']:,.0f} {html.escape(c['unit'])} left, {c['asked']:,.0f} asked"
+    return [cost] + [(f"{s['left']:,}", weights)]*(c['unit'] != 'weights')
+
 def _tiles(s):
     "The numbers that matter, each with what it is"
     before = 'untrained' if method(s['config']['method']).untrained else 'dense'
     tiles = [(f"{s['accuracy']:.2f} %", f"{s['split']} accuracy, pruned"),
              (f"{s['dense_accuracy']:.2f} %", f"{s['split']} accuracy, {before}"),
              (f"{100*s['sparsity_reached']:.2f} %", f"sparsity, {100*s['sparsity_asked']:.4g} % asked"),
-             (f"{s['left']:,}", f"of {s['weights']:,} weights left, {s['keep']:,} asked")]
+             *_counts(s)]
     if score := s.get('score'):
         what = f"{s['split']} {html.escape(score['name'])}, pruned; {before} {score['dense']:.4g}"
         tiles.insert(0, (f"{score['pruned']:.4g}", what))
@@ -169,7 +181,7 @@ def report(
         raise ValueError(f"{folder} cannot be read ({e}): run it again with --overwrite") from e
     c, name = s['config'], html.escape(folder.resolve().name)
     epochs = ' + '.join(str(c[f'{stage}_epochs']) for stage in ('dense', 'prune', 'regrow'))
-    pictures = figures(history, s.get('flux'), s['score']['name'] if 'score' in s else 'accuracy')
+    pictures = figures(history, s.get('flux'), s['score']['name'] if 'score' in s else 'accuracy', s.get('widths'))
     page = _PAGE.format(
         name=name, style=_STYLE, tiles=_tiles(s), layers=_layers(s['layers']), settings=_settings(c),
         title=f"{html.escape(c['model'])} on {html.escape(c['data'])}, {100*s['sparsity_asked']:.4g} % sparse",

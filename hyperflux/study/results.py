@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_history', 'read_history', 'check_tensorboard', 'tensorboard_log', 'file_sizes', 'summary', 'summary_text',
-           'plot_run', 'clear_run', 'write_results', 'read_summary', 'same_settings', 'load_run']
+           'clear_run', 'write_results', 'read_summary', 'same_settings', 'load_run']
 
 # %% ../../nbs/study/03_results.ipynb #c89e7190
 import csv, dataclasses, json, zlib
@@ -13,19 +13,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..core.meter import plot_flux
 from ..core.tally import density_table
 from ..helpers import atomic, duration, origin, usual_defaults
 from ..lab.checkpoint import checkpoints
 from ..lab.datasets import shape_of
 from ..lab.models import make_model
 from ..lab.weights import load_weights
-from ..plots import BLUE, COLORS, shade_stages
 from ..rivals.registry import method
 from ..structure.cost import flops
 from ..structure.latency import Latency
-from .measure import metric_name
 from .config import Config
+from .measure import metric_name
+from .picture import plot_run
 
 # %% ../../nbs/study/03_results.ipynb #2071ec7b
 def write_history(
@@ -140,58 +139,6 @@ def _rows(s):
     if 'seconds' in s: rows.append(('training time', duration(s['seconds'])))
     return rows
 
-# %% ../../nbs/study/03_results.ipynb #123e018d
-def plot_run(
-    history:list[dict], # Rows, one an epoch
-    layers:list[dict], # From `Pruner.layers`
-    flux:dict|None=None, # From `FluxMeter.histogram`
-    metric:str='accuracy', # A column of the history
-): # A matplotlib figure
-    "Density and pressure; accuracy or another metric; weights left per layer; flux"
-    import seaborn as sns
-    from matplotlib.figure import Figure                      # without pyplot: no window, and nothing to close
-    with sns.axes_style('ticks'), sns.color_palette('colorblind'):
-        deep = len(layers) > 13
-        fig = Figure(figsize=(10, 9 if deep else 6), layout='constrained')
-        panels = fig.subplot_mosaic('ab;cd' if flux else 'ab;cc', height_ratios=(1, 2 if deep else 1))
-        for k in 'ab': shade_stages(panels[k], history).xaxis.get_major_locator().set_params(integer=True)
-        _plot_density(history, panels['a'])
-        _plot_metric(history, metric, panels['b'])
-        _plot_layers(layers[:-1][::-1], panels['c'])
-        if flux:
-            plot_flux(flux, ax=panels['d']).set(yscale='log', ylim=(.5, 30*max(flux['absent'] + flux['present'])))
-        for k, ax in panels.items(): sns.despine(ax=ax, right=k != 'a')
-    return fig
-
-def _plot_density(history, ax):
-    "With its plan; and pressure, where a method has one"
-    es, get = [r['epoch'] for r in history], lambda k: [float(r[k]) for r in history]
-    ax.semilogy(es, get('density'), color=COLORS['density'], lw=2.5, label='density')
-    ax.semilogy(es, get('planned'), '--', color=COLORS['planned'], lw=1, label='planned')
-    ax.set(ylabel='density'); ax.legend(frameon=False, loc='upper right')
-    if any(get('pressure')):
-        twin, color = ax.twinx(), COLORS['pressure']
-        twin.plot(es, get('pressure'), color=color, lw=1); twin.set_ylabel('pressure γ', color=color)
-
-def _plot_metric(history, metric, ax):
-    "Near its best, and as far down as it fell while pruning"
-    es, ys = [r['epoch'] for r in history], [float(r[metric]) for r in history]
-    ax.plot(es, ys, color=COLORS['accuracy'])
-    ax.set_ylabel('accuracy (%)' if metric == 'accuracy' else metric)
-    if metric != 'accuracy': return
-    least = min(y for y, r in zip(ys, history) if r['stage'] != 'dense' or r is history[-1])
-    ax.set_ylim(max(0., min(max(ys) - 15, least - 2)), min(100., max(ys) + 2))
-
-def _plot_layers(rows, ax):
-    "What is left per layer; with counts, where there is room for them"
-    n, most = len(rows), 100*max(r['density'] for r in rows)
-    counts = n <= 30
-    ax.barh([r['layer'] for r in rows], [100*r['density'] for r in rows], color=BLUE)
-    for i, r in enumerate(rows if counts else ()):
-        ax.text(100*r['density'], i, f" {r['left']:,} of {r['weights']:,}", va='center', fontsize=8)
-    if n > 12: ax.tick_params(axis='y', labelsize=8 if counts else 5); ax.margins(y=.01)
-    ax.set(xlabel='weights left (%)', xlim=(0, (1.45 if counts else 1.05)*most or 1))
-
 # %% ../../nbs/study/03_results.ipynb #cb8c825a
 def clear_run(
     folder, # Of a run
@@ -220,7 +167,7 @@ def write_results(
     with atomic(folder/'model.safetensors') as f: f.write(_weights(run.model))
     s = summary(run) | dict(sizes=file_sizes(folder/'model.safetensors'), seconds=run.seconds, flux=run.flux,
                             made=origin(run.device))
-    figure = plot_run(run.history, s['layers'], run.flux, metric_name(run.config.metric))
+    figure = plot_run(run.history, s['layers'], run.flux, metric_name(run.config.metric), s.get('widths'))
     with atomic(folder/'run.png') as f: figure.savefig(f, dpi=150)
     with atomic(folder/'summary.json', 'w') as f: f.write(json.dumps(s, indent=2) + '\n')     # last: now it is finished
     return s

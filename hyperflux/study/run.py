@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 
-from ..core.layout import Whole
 from ..core.selection import select
 from ..helpers import usual_defaults
 from ..lab.augment import Augment
@@ -121,7 +120,7 @@ def _choose(self:Run)->dict: # As a pruner takes it
 @patch
 def make_pruner(self:Run):
     "A fresh optimiser, and the one added line; nothing is pruned yet"
-    self.measure()
+    if self.chosen.get('cost') is Latency: raise RuntimeError("cost=latency has no prices: run.measure() comes first")
     self.new_optimizer()
     self.pruner = method(self.config.method).make(self, self.plan)
 
@@ -130,27 +129,6 @@ def start_pruning(self:Run):
     "From dense training to its method"
     self.make_pruner()
     self.pruner.start()
-
-# %% ../../nbs/study/04_run.ipynb #a5000071
-@patch
-def measure(self:Run,
-    latency:Latency|None=None, # Measured before, for such a network; None: it is measured now. ValueError for another
-):
-    "With cost=latency: what layers take becomes the price, if it is not yet"
-    if self.chosen.get('cost') is not Latency: return
-    c, made = self.config, latency
-    if made is None and self.world.main:
-        print('cost=latency: how long layers take here is measured first …', flush=True)
-        x = torch.zeros(c.latency_batch, *self.data.in_shape, device=self.device)
-        x = x.to(memory_format=self.layout) if x.ndim == 4 else x
-        print(made := Latency(self.model, x, multiple=c.multiple), flush=True)
-    made = self.world.gather(made)[0]
-    asked, got = dict(samples=c.latency_batch, multiple=c.multiple), {k: made.made[k] for k in ('samples', 'multiple')}
-    if asked != got: raise ValueError(f"this latency was measured with {got}, and the run asks for {asked}: make both alike")
-    groups = self.chosen['groups']
-    weights = groups.weights(self.model)                                    # of another model, or too few: said now
-    groups.bind(Whole(list(weights.values())), list(weights), made).budget(self.plan)
-    self.chosen['cost'] = made
 
 # %% ../../nbs/study/04_run.ipynb #a500004b
 @patch

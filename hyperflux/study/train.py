@@ -22,6 +22,7 @@ from .measure import metric_name
 from .config import Config
 from .results import check_tensorboard, clear_run, tensorboard_log, write_history, write_results
 from .run import Run, no_denormals, train_epoch
+from .timed import timed
 
 # %% ../../nbs/study/05_train.ipynb #3686cda2
 @usual_defaults()
@@ -38,7 +39,7 @@ def fit(
     save_steps:int=1000, # Steps between checkpoints within an epoch
     until:int|None=None, # Stop after so many epochs; a later call with resume=True goes on
     tensorboard:bool=False, # Also write history for TensorBoard into `out`/tensorboard
-    latency:Latency|None=None, # For cost=latency: measured before, for such a network; None: measured when the run begins
+    latency:Latency|None=None, # For cost=latency: measured before, for such a network; None: when the run begins
     world:World=World(), # From `join`, if torchrun started several processes
 )->Run: # The run, finished unless `until` stops it; it prints as a table
     "Dense training, pruning, regrowth: a finished run, with results in `out`"
@@ -50,7 +51,7 @@ def fit(
     run = Run(config, data, device, compile, world)
     if tensorboard: check_tensorboard(out)
     folder = None if out is None else _folder(Path(out), config, resume, overwrite, world)
-    _measure(run, folder, resume, latency)
+    timed(run, folder, resume, latency)
     if resume: run.load(checkpoints(folder)[-1])
     log = tensorboard_log(folder, run.epoch) if tensorboard and world.main else lambda row: None
     show = progress_of(run.step, run.total, config.epochs, progress and world.main)
@@ -99,19 +100,6 @@ def _lives(run, stage):
     if stage == 'prune' or run.flux is None: run.flux = p.meter.histogram()
     p.meter.reset()
     return dict(births=total['births'], deaths=total['deaths'])
-
-def _measure(run, folder, resume, latency):
-    "With cost=latency: measured when the run begins, and kept beside it, for a run that goes on has the same prices"
-    if run.config.cost != 'latency':
-        if latency is None: return
-        raise ValueError(f"latency= is for cost=latency, and cost={run.config.cost}: leave it out")
-    if latency is None and resume:
-        if not (folder/'latency.json').is_file():
-            raise FileNotFoundError(f"{folder} lacks latency.json, the prices that its run began with; measured anew they "
-                                    "would be others: bring it back, or --overwrite begins anew")
-        latency = Latency.load(folder/'latency.json')
-    run.measure(latency)
-    if folder and run.world.main: run.chosen['cost'].save(folder/'latency.json')
 
 def _folder(folder, config, resume, overwrite, world):
     "The folder, made and writable, or a clear error before any work is done"

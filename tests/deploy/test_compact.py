@@ -4,7 +4,8 @@ import copy
 import pytest, torch, torchvision
 from torch import nn
 
-from hyperflux.deploy.compact import compact, relative_gap
+from hyperflux.deploy.branches import relative_gap
+from hyperflux.deploy.compact import compact
 from hyperflux.lab.models import MODELS, make_model
 
 ACTS = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.PReLU, nn.Hardsigmoid,

@@ -5,7 +5,8 @@ import pytest, torch, torchvision
 from torch import nn
 
 from hyperflux.rivals.scores import LayerMagnitude
-from hyperflux.deploy.compact import compact, relative_gap
+from hyperflux.deploy.branches import relative_gap
+from hyperflux.deploy.compact import compact
 from hyperflux.deploy.forms import deploy
 from hyperflux.deploy.loading import load_sparse
 from hyperflux.deploy.files import save_sparse

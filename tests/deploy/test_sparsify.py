@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hyperflux.deploy import kernels as K
-from hyperflux.deploy.compact import relative_gap
+from hyperflux.deploy.branches import relative_gap
 from hyperflux.lab.models import lenet300, resnet18, vgg19
 from hyperflux.deploy.kernels import SparseChain, SparseConv2d, SparseLinear
 from hyperflux.deploy.candidates import Bfloat16

@@ -250,6 +250,8 @@ def test_refusals():
             kind(m, o, **how)
     with pytest.raises(ValueError, match='TorchPruned runs the network.*give example='):
         TorchPruned(m, o, groups=groups, **how)
+    with pytest.raises(ValueError, match='Torch-Pruning cuts to a share of operations: give cost=flops'):
+        TorchPruned(m, o, groups=groups, example=xs[:2], **how | dict(cost=weights))
     with pytest.raises(ValueError, match="1 has none behind it: give it one, or keep its channels.*ignore='1'"):
         Slimming(m, o, groups=groups, **how)
     with pytest.raises(ValueError, match='smallest network these groups allow'):

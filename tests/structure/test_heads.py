@@ -136,9 +136,11 @@ def test_heads_that_single_weights_have_emptied_go():
 
 
 def test_the_last_head_stays():
-    "An attention whose output is all zero keeps one head, so that it can be run"
+    "An attention that no head speaks in keeps one, so that it can be run; with a bias, it is no branch that can go"
     model = vit(2).eval()
-    with torch.no_grad(): model.blocks[0].attn.proj.weight.zero_()
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight.zero_()
+        model.blocks[0].attn.proj.bias.fill_(.1)
     small, _ = compact(model, IMAGE)
     assert [b.attn.num_heads for b in small.blocks] == [1, 3]
     torch.testing.assert_close(small(IMAGE), model(IMAGE), atol=1e-6, rtol=1e-5)

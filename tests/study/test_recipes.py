@@ -151,7 +151,7 @@ def test_the_command_lists_them(capsys):
 
 OTHER = dict(
     model='lenet5', data='mnist', weights='dense.pt', method='l0', task=None, sparsity=.75, ignore='fc',
-    groups='channels', cost='flops', multiple=2, metric='top5',
+    groups='channels', cost='latency', latency_batch=4, multiple=2, metric='top5',
     seed=11, dense_epochs=3, prune_epochs=5, regrow_epochs=7, batch_size=99, accumulate=3, optimizer='adamw',
     dense_lr=.11,
     dense_final_lr=.012, prune_lr=.013, prune_final_lr=.014, regrow_lr=.015, regrow_final_lr=.016, schedule='step',
@@ -160,6 +160,8 @@ OTHER = dict(
     exact=True,
     travel=21., regrow_travel=.4, regrow_decay=.3, slope=.5, low=.1, high=.4, gate_lr=.021, gate_regrow_lr=.022,
     gate_eps=1e-9, gate_sgd=False, precision='fp16', channels_last=None)
+NEEDS = dict(cost=dict(groups='channels'), multiple=dict(groups='channels'),            # what is for groups, or for time
+             latency_batch=dict(groups='channels', cost='latency'))
 OF_THE_GATES = list(OTHER)[list(OTHER).index('trajectory'):list(OTHER).index('precision')]
 
 
@@ -177,7 +179,7 @@ def test_every_setting_can_be_overridden(name, images, monkeypatch):
     assert all(getattr(base, k) != v for k, v in other.items())
     option = lambda k, v: ['--' + 'no-'*(v is False) + k.replace('_', '-')] + [str(v)]*(not isinstance(v, bool))
     for k, v in other.items():
-        own = {k: v} | ({'groups': 'channels'} if k in ('cost', 'multiple') else {})    # which are for groups
+        own = {k: v} | NEEDS.get(k, {})
         shell('prune', '--dry-run', '--recipe', name, *(o for each in own.items() for o in option(*each)))
         assert seen.pop() == recipe(name, **own) == dataclasses.replace(base, **own), k
     shell('prune', '--dry-run', '--recipe', name, *(o for k, v in other.items() for o in option(k, v)))

@@ -5,7 +5,8 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 
 from hyperflux.structure.walk import Channels
-from hyperflux.deploy.compact import compact, relative_gap
+from hyperflux.deploy.branches import relative_gap
+from hyperflux.deploy.compact import compact
 from hyperflux.structure.rules import RULES, Value, rule
 
 def noise(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
