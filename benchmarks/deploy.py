@@ -21,7 +21,7 @@ from hyperflux.study.results import load_run
 from hyperflux.deploy.loading import load_sparse
 from hyperflux.deploy.files import save_sparse
 from hyperflux.lab.models import vgg19
-from hyperflux.study.run import no_denormals
+from hyperflux.helpers import no_denormals
 
 from benchmarks.common import provenance, root as repository, spelled, write_json
 

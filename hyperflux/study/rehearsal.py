@@ -10,11 +10,11 @@ import dataclasses, statistics, time
 
 import torch
 
-from ..helpers import duration
+from ..helpers import duration, no_denormals
 from ..lab.datasets import load_data
 from ..lab.processes import World
 from .config import Config
-from .run import Run, no_denormals
+from .run import Run
 
 # %% ../../nbs/study/06_rehearsal.ipynb #1c470662
 def rehearse(

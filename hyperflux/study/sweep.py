@@ -13,11 +13,11 @@ import numpy as np
 
 from ..core.hyperflux import Hyperflux
 from ..core.settings import Settings
-from ..helpers import origin
+from ..helpers import no_denormals, origin
 from ..lab.datasets import load_data
 from .config import Config
 from .records import made_on, read_head, write_record
-from .run import Run, no_denormals, train_epoch
+from .run import Run, train_epoch
 from .train import fit
 
 # %% ../../nbs/study/14_sweep.ipynb #d074a33b

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..helpers import atomic, usual_defaults, whole_number
+from ..helpers import atomic, no_denormals, usual_defaults, whole_number
 from ..lab.checkpoint import checkpoints
 from ..lab.data import Data
 from ..lab.datasets import load_data
@@ -21,7 +21,7 @@ from ..structure.latency import Latency
 from .measure import metric_name
 from .config import Config
 from .results import check_tensorboard, clear_run, tensorboard_log, write_history, write_results
-from .run import Run, no_denormals, train_epoch
+from .run import Run, train_epoch
 from .timed import timed
 
 # %% ../../nbs/study/05_train.ipynb #3686cda2
