@@ -99,6 +99,7 @@ def gpu_smoke(tmp_path_factory):
     return out, text, json.loads(out.read_text())
 
 
+@pytest.mark.long
 def test_gpu_record_has_every_case_and_way(gpu_smoke):
     _, text, r = gpu_smoke
     assert (r['benchmark'], r['smoke'], r['commit'], r['failed'], r['skipped'], r['goals']) == ('gpu', True, 'test', [],
@@ -120,6 +121,7 @@ def test_gpu_record_has_every_case_and_way(gpu_smoke):
     assert all(w in text for w in ('× dense', 'overhead ms', 'in floors', 'gates in the graph', 'torch ' + r['torch']))
 
 
+@pytest.mark.long
 def test_gpu_profile_names_what_the_hooks_do(gpu_smoke):
     _, _, r = gpu_smoke
     assert [p['way'] for p in r['profile']] == ['dense', 'eager', 'compiled', 'graph']*2
@@ -135,6 +137,7 @@ def test_gpu_profile_names_what_the_hooks_do(gpu_smoke):
         else: assert ('pre_kernels' in p) == (p['way'] == 'compiled')
 
 
+@pytest.mark.long
 def test_gpu_record_is_gone_on_with(gpu_smoke, capsys):
     out, _, r = gpu_smoke
     args = '--smoke', '--out', out, '--cases', 'lenet300-32-b1'

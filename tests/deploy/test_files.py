@@ -389,8 +389,11 @@ def run_onnx(path, *inputs):
 def close(a, b): return ((a - b).abs().max()/a.abs().max()).item() < 1e-4
 
 
+LARGE = 'resnet50', 'deit_t', 'deit_s', 'vgg19', 'vgg_like'                      # the usual run has the others
+
+
 @onnx
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.long) if n in ('resnet50', 'deit_s', 'vgg_like') else n
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.long) if n in LARGE else n
                                   for n in MODELS])
 def test_the_zoo(tmp_path, capfd, name):
     "Each network, pruned to 90 %: as a small file, exact; in ONNX Runtime, equal for batches it was not exported with"

@@ -159,6 +159,7 @@ def test_cells_below_the_thinnest_network_fail_alone(tmp_path):
     assert made['accuracy'] > 50
 
 
+@pytest.mark.long
 def test_the_commands_prune_and_compare_by_time(tmp_path):
     "hyperflux prune --cost latency, and compare in two processes"
     run, say = Runner(tmp_path, picture=False), ('--groups', 'channels', '--cost', 'latency', '--latency-batch', 64,

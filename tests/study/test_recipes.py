@@ -90,8 +90,8 @@ class Watched(Run):
 
 # The usual run has every network once, and every data set; what differs from these in the number of classes or in width
 # alone has to be asked for; so has every ResNet-50, the largest, which the usual run does not train at full size.
-AGAIN = ('resnet50-cifar10', 'resnet50-cifar100', 'resnet50-imagenet', 'vgg19-cifar100', 'deit-s-cifar100',
-         'deit-s-imagenet')
+AGAIN = ('resnet50-cifar10', 'resnet50-cifar100', 'resnet50-imagenet', 'resnet18-cifar10', 'vgg19-cifar100',
+         'deit-s-cifar100', 'deit-s-imagenet')
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.long) if n in AGAIN else n for n in RECIPES])
