@@ -72,7 +72,7 @@ class Structured(Baseline):
         "The shut gates below the open ones, both by their last scores"
         order = self.last.argsort(stable=True)
         order = order[self.opened[order].argsort(stable=True)]
-        return order.argsort().to(self.opened)
+        return order.argsort().float()                                          # whatever weights are in
     def diverged(self):
         raise FloatingPointError(f"scores of {type(self).__name__} hold NaN or infinity at step {self.step}: training "
                                  "has diverged; lower the learning rate, or clip gradients")
