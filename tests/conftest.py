@@ -14,9 +14,10 @@ root = Path(__file__).parents[1]
 
 # What takes longest is handed out first, so that no core works alone at the end; then the other files; then the other
 # pages, which are short. In seconds of a processor: 80 to 30
-SLOWEST = ('test_survival', 'tutorials/single_weights', 'test_benchmarks', 'test_processes', 'test_cli',
-           'test_recipes', 'test_files', 'tutorials/pruning_law', 'test_compact', 'test_compare',
-           'study/11_comparison', 'study/05_train', 'tutorials/other_loops')
+SLOWEST = ('test_survival', 'test_docs', 'tutorials/single_weights', 'test_processes', 'test_cli', 'test_files',
+           'tutorials/pruning_law', 'rivals/08_registry', 'test_compare', 'test_recipes', 'test_benchmarks',
+           'test_compact', 'tutorials/making_it_small', 'study/11_comparison', 'rivals/05_spectrum',
+           'tutorials/extend', 'study/05_train', 'tutorials/semi_structured', 'tutorials/other_loops', 'rivals/04_l0')
 
 
 def rank(item):
