@@ -169,7 +169,8 @@ class Members(Groups):
         for name, a, b in zip(cost.names, all_, now):
             r = rows.setdefault(name, dict(layer=name, shape=self.shapes.get(name, ()), weights=0, left=0))
             r['weights'], r['left'] = r['weights'] + round(a), r['left'] + round(b)
-        rows = [*rows.values()] + [dict(layer='other', shape=(), weights=k, left=k) for k in [round(cost.fixed)] if k]
+        rows = [r for r in rows.values() if r['weights']]                       # products of activations have none
+        rows += [dict(layer='other', shape=(), weights=k, left=k) for k in [round(cost.fixed)] if k]
         total = dict(layer='total', shape=(), **{k: sum(r[k] for r in rows) for k in ('weights', 'left')})
         return [r | dict(density=r['left']/max(1, r['weights'])) for r in [*rows, total]]
     def text(self, gates:Tensor)->str:

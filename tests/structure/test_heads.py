@@ -6,6 +6,7 @@ from torch import nn
 from timm.layers import Attention, AttentionRope
 from timm.models import Eva, VisionTransformer
 
+from hyperflux import Hyperflux
 from hyperflux.deploy import compact
 from hyperflux.structure import ATTENTION, Kind, channels, flops, heads
 
@@ -185,3 +186,13 @@ def test_a_cache_is_refused_with_what_to_do():
     "A language model that gives its cache cannot be followed; the error says how to leave it out"
     model = hugging('Llama', num_key_value_heads=3)
     with pytest.raises(RuntimeError, match='use_cache=False'): heads(model, dict(input_ids=SEQUENCE))
+
+
+def test_the_table_has_only_what_has_weights():
+    "Products of queries with keys cost operations, and have no row of their own"
+    model = vit(2)
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    pruner = Hyperflux(model, optimizer, sparsity=.3, steps=200, groups=channels(model, IMAGE), cost=flops)
+    rows = pruner.layers()
+    assert all(r['weights'] > 0 for r in rows)
+    assert rows[-1]['weights'] == sum(r['weights'] for r in rows[:-1])
