@@ -39,6 +39,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "While a file's tests run, PyTorch has one thread"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope='session')
 def checkout(tmp_path_factory):
     "A copy of what the notebooks and the docs need, to run them without touching the working tree."

@@ -17,12 +17,7 @@ from tests.helpers import program
 S = importlib.import_module('hyperflux.deploy.sparsify')       # the package's own `sparsify` is the function
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def clock(monkeypatch, *winners):

@@ -13,7 +13,8 @@ from hyperflux.study.run import Run
 from hyperflux.study.train import fit
 from tests.helpers import Runner
 
-pytestmark = pytest.mark.filterwarnings('ignore:the learning rate', 'ignore:at step', 'ignore:at the landing')
+pytestmark = [pytest.mark.usefixtures('one_thread'),
+              pytest.mark.filterwarnings('ignore:the learning rate', 'ignore:at step', 'ignore:at the landing')]
 
 config = Config(groups='channels', cost='latency', latency_batch=64, sparsity=.3, batch_size=500, dense_epochs=1,
                 prune_epochs=3, regrow_epochs=2)
@@ -21,14 +22,6 @@ config = Config(groups='channels', cost='latency', latency_batch=64, sparsity=.3
 
 @pytest.fixture(scope='module')
 def data(): return load_data(config.data)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(was)
 
 
 @pytest.fixture(scope='module')

@@ -21,12 +21,7 @@ from hyperflux.study.config import Config
 from hyperflux.study.run import Run
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # Small sets, in the real formats
