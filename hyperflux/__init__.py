@@ -5,4 +5,4 @@ try: __version__ = _version('hyperflux')    # from settings.ini, by way of the i
 except _Missing: __version__ = '0+checkout'  # run from a checkout that is not installed
 
 from hyperflux.core import Hyperflux, Pruner, Settings, authors, prunable, select
-from hyperflux.structure import channels, heads, layers, blocks, nm, single, flops, weights, nbytes
+from hyperflux.structure import channels, heads, features, layers, blocks, nm, single, flops, weights, nbytes

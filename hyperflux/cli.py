@@ -194,12 +194,13 @@ def deploy(
     no_compile:bool=False, # Leave torch.compile out, which takes the longest
     no_onnx:bool=False, # Leave ONNX Runtime out
     rounds:int=15, # Of timing, in which the forms take turns
+    features:bool=False, # Also leave out features of the input that nobody reads; always if they had gates
 ):
     "Make a pruned network smaller and faster, measure it in all its forms, and write its files"
     if threads is not None: torch.set_num_threads(whole_number('threads', threads))
     say = lambda text: print(f'{text} …', file=sys.stderr, flush=True)
     print(deploy_run(run, out, batches=_numbers('batches', batches, int), compiled=not no_compile, onnx=not no_onnx,
-                     rounds=rounds, say=say))
+                     rounds=rounds, say=say, **(dict(features=True) if features else {})))
     print(f"\nwritten to {out or Path(run)/'deploy'}")
 
 # %% ../nbs/cli.ipynb #8e8b56b9

@@ -14,6 +14,7 @@ from torch import nn
 
 from .attention import with_fewer_heads
 from .branches import each_input, flat_outputs, largest_gap, run_on, without_branches
+from .picked import with_picked
 from ..structure.walk import Channels, copied, first_line, inputs, needed, plainly, stand_in, unfused
 from ..helpers import format_table
 
@@ -85,6 +86,7 @@ class Compaction:
     rounding:float|None = None # The same in the model's own precision, where `gap` had to be found in double
     views:bool = True # False: reshaped channels were left alone, since the model's code has their number in it
     kept:dict = field(default_factory=dict) # Name of a parameter → dimension → which of its entries stay, if some go
+    picked:dict = field(default_factory=dict) # Path of a layer → which features of the network's input it reads
 
     @property
     def before(self)->int: return sum(r['weights'] for r in self.layers)
@@ -101,6 +103,7 @@ def text(self:Compaction, markdown=False)->str:
     rows.append(['all', '', '', *share(self.before, self.after)])
     parts = [format_table(['layer', 'shape', 'compacted', 'weights', 'compacted', 'share'], rows, markdown=markdown)]
     if self.gone: parts.append(f"Branches that are gone: {', '.join(r['name'] for r in self.gone)}.")
+    for path, index in self.picked.items(): parts.append(f"{path or 'The model'} picks {len(index)} features of the input.")
     if not self.views:
         parts.append("Reshaped channels were left alone: the model's code has their number written into a view.")
     if self.rounding is not None:
@@ -149,7 +152,8 @@ def _attempt(model, ch):
     kept = {}
     for (name, d), ids in ch.claims.items():
         if not stay[ids].all(): kept.setdefault(name, {})[d] = torch.from_numpy(np.flatnonzero(stay[ids]))
-    return small, Compaction(rows, _left(ch, stay), views=ch.views, kept=kept)
+    picked = {n.rpartition('.')[0]: kept[n][d] for n, d in ch.picks.items() if d in kept.get(n, {})}
+    return with_picked(small, picked), Compaction(rows, _left(ch, stay), views=ch.views, kept=kept, picked=picked)
 
 def _add_gone(report, model, ch, gone):
     "Layers of branches that went, in their place"
@@ -200,16 +204,17 @@ def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, a tuple of inputs, or a dict of them by name
     tolerance:float=1e-5, # How far outputs may differ, relative to the largest; if rounding alone exceeds it, in double
+    features:bool=False, # Also leave out features of the input that nobody reads: picking out the others takes time
 )->tuple: # The smaller model, in eval mode, and a `Compaction`; RuntimeError if it cannot be followed, or differs
     "Takes out all branches and channels that nobody needs; equal to the model in eval mode, and checked"
     given, trouble = _given(model, example), []
     tensors = [x for x in (*given[0], *given[1].values()) if isinstance(x, torch.Tensor)]
     with unfused(), plainly(*model.parameters(), *tensors):
         whole = _whole(model, given)
-        first = Channels(model, example)
+        first = Channels(model, example, features=features)
         thin, gone, stuck = without_branches(whole, first, given, tolerance)
         for views in (True, False):
-            ch = first if views and not gone else Channels(thin, example, views)
+            ch = first if views and not gone else Channels(thin, example, views, features=features)
             try:
                 small, report = _attempt(thin, ch)
                 report.gone, report.left = gone, stuck + report.left

@@ -6,7 +6,7 @@
 __all__ = ['deploy', 'deploy_run']
 
 # %% ../../nbs/deploy/12_forms.ipynb #8debe04e
-import contextlib, copy, json, tempfile
+import contextlib, copy, functools, json, tempfile
 from pathlib import Path
 
 import torch
@@ -162,6 +162,7 @@ def deploy(
     name:str=None, # For the report; None: the model's class
     metadata:dict=None, # Into the files
     say=lambda text: None, # Told what is being done
+    features:bool=False, # As for `compact`
 )->DeployReport: # ValueError for a model or an example that cannot be used; all else that fails is in the report
     "Compacts, sparsifies, exports and measures"
     args, rounds, parts = inputs_of(example), whole_number('rounds', rounds), _Parts()
@@ -170,7 +171,8 @@ def deploy(
     model = copy.deepcopy(model).eval()
     few, one = (_fewest(model, args, b) for b in (2, 1))
     say('compacting')
-    small, compaction = parts.attempt('compacted', compact, model, few) or (None, Compaction())
+    compaction = functools.partial(compact, features=features)
+    small, compaction = parts.attempt('compacted', compaction, model, few) or (None, Compaction())
     if small is not None and compaction.after == compaction.before: small = model
     counts = {k: _counts(net, one, parts) for k, net in (('dense', model), ('compacted', small)) if net is not None}
     with tempfile.TemporaryDirectory() as tmp:
@@ -197,6 +199,7 @@ def deploy_run(
 )->DeployReport:
     "A report on what a run left behind, with deploy.json, deploy.txt, deploy.png and the network as files"
     net, s, shape = load_run(folder)
+    how = dict(features='features' in s['config'].get('groups', '').split('+')) | how
     out = Path(out or Path(folder)/'deploy')
     generator = torch.Generator('cpu').manual_seed(0)
     example = torch.randn(64, *shape, generator=generator, device='cpu', dtype=torch.float32)

@@ -33,6 +33,7 @@ class Grouping:
     multiple:int = 1 # By how many gates a bank may change at the landing
     kind:str = 'groups' # In words
     writers:list[Member] = field(default_factory=list) # What else belongs to a channel, for scores that look at it
+    picks:bool = False # Whether a network without the shut gates has to pick out features of its input
 
     def weights(self,
         model:nn.Module, # ValueError if it lacks one of them
@@ -61,6 +62,9 @@ class Grouping:
     )->Cost: # ValueError if it asks for operations that are not known
         "What the network takes whose gates are open or shut"
         price, n = price or weights, sum(b.n for b in self.banks)
+        if self.picks and getattr(price, 'unit', '') == 'ns':
+            raise ValueError(f"{self.kind} are picked out of the input, which takes time that no layer was measured with: "
+                             "take cost=flops, or groups without features")
         known = Cost(self.terms, n, price, 0., device)
         if math.isnan(known.whole): raise ValueError(unknown(self.kind, self.terms, 'flops' in self.total))
         total = self.total.get(getattr(price, '__name__', ''), known.whole)
@@ -94,7 +98,7 @@ def unknown(
 # %% ../../nbs/structure/06_grouping.ipynb #5c0d0022
 @patch
 def __add__(self:Grouping,
-    other:Grouping, # Of the same model; ValueError if both have gates on a weight, and neither those of its branch
+    other:Grouping, # Of the same model; ValueError if both have gates in one place, and neither those of its branch
 )->Grouping:
     "Both, under one pressure"
     if not isinstance(other, Grouping): return NotImplemented
@@ -112,7 +116,7 @@ def __add__(self:Grouping,
                         for some in (other.members, other.writers))
     terms, total = _joined(kind, self.terms, [_moved(t, n) for t in other.terms]), self.total | other.total
     members, banks, writers = self.members + members, self.banks + other.banks, self.writers + writers
-    return Grouping(members, banks, terms, total, wide[0], kind, writers)
+    return Grouping(members, banks, terms, total, wide[0], kind, writers, self.picks or other.picks)
 
 def _apart(kind, name, both):
     "ValueError if two groupings have gates in one place"
@@ -128,19 +132,29 @@ def _moved(t, n):
     move = lambda ids: None if ids is None else np.where(ids < 0, ids, ids + n)
     return t._replace(ins=move(t.ins), outs=move(t.outs), branch=int(move(np.array(t.branch))))
 
+def _either(kind, name, mine, theirs):
+    "Gates of one side of a layer, where only one of the two has any"
+    _apart(kind, name, theirs is None or len(mine) != len(theirs) or ((mine >= 0) & (theirs >= 0)).any())
+    return np.maximum(mine, theirs)
+
 def _joined(kind, a, b):
     "The terms of both, each layer once"
     mine, theirs = ({t.name: [u for u in terms if u.name == t.name] for t in terms} for terms in (a, b))
     return [t for n in mine | theirs for t in _layer(kind, n, mine.get(n, []), theirs.get(n, []))]
 
 def _layer(kind, name, a, b):
-    "The terms of one layer: with the gates of channels that the one has, and of the branch that the other has"
+    "The terms of one layer: with the gates on its inputs, on its outputs and of its branch, each of one of the two"
     sides = lambda terms: any((s >= 0).any() for t in terms for s in (t.ins, t.outs) if s is not None)
     inside = lambda terms: any(t.branch >= 0 for t in terms)
-    _apart(kind, name, sides(a) and sides(b) or inside(a) and inside(b))
     if not a or not b: return a or b
-    if sides(b) or inside(a): a, b = b, a
-    if not inside(b) or not sides(a): return b if inside(b) else a
+    _apart(kind, name, inside(a) and inside(b))
+    if sides(a) and sides(b):
+        _apart(kind, name, len(a) != len(b))
+        both = lambda s, o: s if s is None else _either(kind, name, s, o)
+        a = [t._replace(ins=both(t.ins, u.ins), outs=both(t.outs, u.outs)) for t, u in zip(a, b)]
+    elif sides(b): a, b = b, a
+    if not sides(a) and inside(b): return b
+    if inside(a) or not inside(b): return a
     if len(a) != len(b):
         _apart(kind, name, len({t.branch for t in b}) > 1)                      # used in several branches
         b = [b[0]._replace(weights=max(t.weights for t in b))]*len(a)

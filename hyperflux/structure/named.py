@@ -10,7 +10,7 @@ import functools, inspect, operator
 from typing import Callable
 
 from ..helpers import did_you_mean, imported
-from .channels import channels, heads
+from .channels import channels, features, heads
 from .cost import flops, nbytes, weights
 from .forms import blocks, columns, kernels, rows, single
 from .latency import Latency
@@ -18,8 +18,8 @@ from .layers import layers
 from .nm import nm
 
 # %% ../../nbs/structure/14_named.ipynb #5c110006
-FORMS = dict(single=single, channels=channels, heads=heads, layers=layers, rows=rows, columns=columns, kernels=kernels,
-             blocks=blocks, nm=nm) # Name → function of a model, of an example, and of what else it names
+FORMS = dict(single=single, channels=channels, heads=heads, features=features, layers=layers, rows=rows, columns=columns,
+             kernels=kernels, blocks=blocks, nm=nm) # Name → function of a model, of an example, and of what else it names
 PRICES = dict(weights=weights, flops=flops, bytes=nbytes,
               latency=Latency) # Name → price; Latency: what makes one, of a model and an example
 

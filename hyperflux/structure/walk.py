@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
-from .rules import RULES, Reader, Unknown, Value, Weight, numbers, op_name, shape
+from .rules import RULES, Reader, Unknown, Value, Weight, numbers, op_name, owner_of, shape
 from .shapes import checked
 from ..helpers import in_eval
 
@@ -108,9 +108,10 @@ def graph_of(model:nn.Module, # Left as it is; a copy is looked at
 # %% ../../nbs/structure/02_walk.ipynb #b12c7d63
 class Channels:
     "What a network's operations say of its channels"
-    def __init__(self, model:nn.Module, example, views:bool=True, heads:bool=True):
+    def __init__(self, model:nn.Module, example, views:bool=True, heads:bool=True, features:bool=False):
         self.n, self.pairs, self.pins, self.claims, self.readers, self.work = 0, [], [], {}, [], []
         self.views, self.heads, self.attention, self.samples = views, heads, {}, samples(example)
+        self.features, self.raw, self.picks = features, set(), {}               # picks: weight → dimension of features
         self.modules = dict(model.named_modules())
         nodes, names = graph_of(model, example)
         every = dict(remove_duplicate=False)
@@ -124,6 +125,7 @@ class Channels:
                 name = names.get(node.name)
                 if node.op == 'placeholder':
                     self.env[node] = Weight(name, tensors[name].detach()) if name in tensors else Value()
+                    if name not in tensors: self.raw.add(node)
                 elif node.op == 'output': self.pin('is the output of the network', *node.all_input_nodes)
                 elif node.op == 'call_function': self.env[node] = self.call(node)
         left, right = (np.concatenate([np.zeros(0, int), *(np.ravel(p[i]) for p in self.pairs)]) for i in (0, 1))
@@ -194,8 +196,7 @@ def bias(self:Channels, arg, # None: nothing is added
 @patch
 def own_bias(self:Channels, node, weight, bias)->str|None: # As in `Reader`
     "The bias that takes constants of this operation: its module's own, which nobody else reads"
-    owner, stack = weight.name.rpartition('.')[0], [*(node.meta.get('nn_module_stack') or {}).values()]
-    if not stack or stack[-1][0] != owner: return None           # a function was called with the weight of a layer
+    if (owner := owner_of(node, weight)) is None: return None
     if bias is None: return ''
     v = self.env.get(bias)
     own = isinstance(v, Weight) and v.name == f'{owner}.bias'.lstrip('.') and v.name not in self.tied
@@ -211,6 +212,7 @@ def call(self:Channels, node)->Value:
         result = RULES[name](self, node, *node.args, **node.kwargs) if name in RULES else None
         if result is not None:
             self.work[said[3]:] = [w._replace(flops=w.flops*shape(node)[0]/self.samples) for w in self.work[said[3]:]]
+            if result.dim is None and self.raw.issuperset(node.all_input_nodes): self.raw.add(node)
             return checked(result, node)
     except Unknown as e: met = f', with {e}'
     except Exception as e: met = f', whose rule failed ({first_line(e)})'

@@ -185,6 +185,9 @@ def _check_groups(c):
     if c.cost == 'latency' and any(form.split(':')[0] in _WIDE for form in c.groups.split('+')):
         raise ValueError(f"cost=latency is what layers take at other widths, and groups={c.groups} leave all layers as "
                          "wide as they are: take groups=channels or heads, or cost=flops")
+    if c.cost == 'latency' and 'features' in c.groups.split('+'):
+        raise ValueError(f"cost=latency is measured layer by layer, and groups={c.groups} pick features out of the input "
+                         "before any layer: take cost=flops, or groups without features")
     if c.cost != 'latency' and c.latency_batch != 1:
         raise ValueError(f"latency_batch={c.latency_batch} is for cost=latency, and cost={c.cost}: leave it out")
 
