@@ -70,7 +70,8 @@ class Hyperflux(GatedPruner):
         if first is not None: self.gamma = first
         if meter:
             G = self.groups
-            self.meter = FluxMeter(G.sizes, G.names, self.device, self.dtype, G.together)
+            what = 'weights' if groups is None else 'gates'
+            self.meter = FluxMeter(G.sizes, G.names, self.device, self.dtype, G.together, what)
         self.presence, g = self.groups.flat(), torch.Generator('cpu').manual_seed(as_number(seed))
         self.groups.fill_(self.presence, lambda n: initial_presence(n, S.low, S.high, g, self.dtype))
         self.make_gates(self.presence, plan.lr, S.eps, sgd=S.sgd)

@@ -26,6 +26,7 @@ class FluxMeter:
         # (rows [layers, ...], 'sum' or 'max') → the same over all processes, if each holds a part of every layer; see
         # `Shards.reduce`
         reduce:Callable|None=None,
+        what:str='weights', # That are counted, in words: gates, where each switches many weights
     ):
         if hasattr(sizes, 'items'): names, sizes = list(sizes), list(sizes.values())
         self.sizes = [int(s) for s in sizes]
@@ -34,7 +35,7 @@ class FluxMeter:
             raise ValueError(f"a meter needs one or more layers of one or more weights: got sizes {self.sizes}")
         if len(self.names) != len(self.sizes):
             raise ValueError(f"one name per layer: got {len(self.names)} names for {len(self.sizes)} layers")
-        d, self.reduce = sum(self.sizes), reduce
+        d, self.reduce, self.what = sum(self.sizes), reduce, what
         self.total = torch.zeros(d, dtype=dtype, device=device)
         self.births, self.deaths = (torch.zeros(d, dtype=torch.int32, device=device) for _ in range(2))
         # all present, until the first update tells
@@ -49,8 +50,8 @@ class FluxMeter:
         "Count one step: no loop over layers, and the host never waits"
         for name, v in ('flux', flux), ('before', before), ('after', after):
             if v.shape != self.total.shape:
-                raise ValueError(f"{name} has shape {tuple(v.shape)}, but this meter counts {len(self.total)} weights "
-                                 "in one flat vector")
+                raise ValueError(f"{name} has shape {tuple(v.shape)}, but this meter counts {len(self.total)} "
+                                 f"{self.what} in one flat vector")
         self.total += flux
         self.births += after > before
         self.deaths += before > after
@@ -81,8 +82,8 @@ def mean(self:FluxMeter)->Tensor: # [d]
     mean = self.total/self.updates
     bad = {n: k for n, k in zip(self.names, self._per_layer(~mean.isfinite())[:, 0].tolist()) if k}
     if bad:
-        raise FloatingPointError(f"NaN or infinite flux in {sum(bad.values()):,} weights of {', '.join(bad)}: the loss "
-                                 "or a gradient was not finite since the last reset")
+        raise FloatingPointError(f"NaN or infinite flux in {sum(bad.values()):,} {self.what} of {', '.join(bad)}: the "
+                                 "loss or a gradient was not finite since the last reset")
     return mean
 
 @patch
@@ -115,7 +116,7 @@ def histogram(self:FluxMeter,
     bins:int=60, # Bins of equal width in log10 |mean flux|
     low:float|None=None, # Lower edge; by default a power of ten below the data, ten decades down at most
     high:float|None=None, # Upper edge; by default a power of ten above the data
-)->dict: # edges [bins+1], present and absent [bins], zero_present, zero_absent: lists and ints, ready for JSON
+)->dict: # edges [bins+1], present, absent [bins], zero_present, zero_absent, what: lists, ints, a word; for JSON
     "How |mean flux| is distributed over present and absent weights; what lies outside counts in the outermost bins"
     logs, mask = self.mean.abs().log10(), self.mask
     zero = logs.isinf()
@@ -128,8 +129,7 @@ def histogram(self:FluxMeter,
                            how=lambda v: torch.bincount(v, minlength=bins + 2))
     present, absent = both.sum(0).tolist()
     return dict(edges=[10**(lo + (hi - lo)*i/bins) for i in range(bins + 1)], present=present[:bins],
-                absent=absent[:bins],
-        zero_present=present[bins], zero_absent=absent[bins])
+                absent=absent[:bins], zero_present=present[bins], zero_absent=absent[bins], what=self.what)
 
 # %% ../../nbs/core/15_meter.ipynb #aba5fdc7
 @patch(as_prop=True)
@@ -153,10 +153,11 @@ def load_state_dict(self:FluxMeter, state:dict):
 @patch
 def text(self:FluxMeter, markdown=False)->str:
     "The rows of `layers` as a table"
-    about = f'FluxMeter: {int(self._per_layer(torch.ones_like(self.mask)).sum()):,} weights, {self.updates:,} updates'
+    n = int(self._per_layer(torch.ones_like(self.mask)).sum())
+    about = f'FluxMeter: {n:,} {self.what}, {self.updates:,} updates'
     if not self.updates: return about
     show = lambda v: '–' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:.2e}' if isinstance(v, float) else v
-    head = ['layer', 'weights', 'present', 'births', 'deaths', 'flips', 'flux present', 'flux absent', 'minimum flux']
+    head = ['layer', self.what, 'present', 'births', 'deaths', 'flips', 'flux present', 'flux absent', 'minimum flux']
     rows = [[show(v) for v in r.values()] for r in self.layers()]
     return format_table(head, rows, markdown=True) if markdown else about + '\n' + format_table(head, rows)
 
@@ -178,6 +179,6 @@ def plot_flux(
         n, zero = sum(hist[k]), hist[f'zero_{k}']
         label = f'{n + zero:,} {k}' + (f' ({zero:,} with none)' if zero else '')
         ax.stairs(hist[k], hist['edges'], fill=True, color=colour, alpha=.6, label=label)
-    ax.set(xscale='log', xlabel='|mean flux| (nats)', ylabel='weights per bin')
+    ax.set(xscale='log', xlabel='|mean flux| (nats)', ylabel=f"{hist.get('what', 'weights')} per bin")
     ax.legend(frameon=False, fontsize=8, loc='upper left')
     return ax
