@@ -14,9 +14,10 @@ alone takes them further. Refused: `compact` says itself why not. All else that 
 far the outputs of two inputs differ: were it no larger than 1e-5, equal would say little. Each family has a process and
 a time limit of its own; the record grows row by row, and the same command goes on where it was stopped.
 
-With --groups nothing is made zero by hand: `channels` finds the channels and heads that can go, Hyperflux prunes them to
-half of the operations in 100 steps on random pictures, and `compact` makes the small network, whose operations are
-counted again. `reached` is their share of the dense network's; above the budget by more than a millionth is a fault.
+With --groups nothing is made zero by hand: `channels` finds the channels and heads that can go, and `layers` residual
+branches, where the others do not save half of the operations. Hyperflux prunes to that half in 100 steps on random
+pictures, and `compact` makes the small network, whose operations are counted again. `reached` is their share of the
+dense network's; above the budget by more than a millionth is a fault.
 """
 import argparse, re, sys, time, traceback, warnings
 from pathlib import Path
@@ -26,8 +27,8 @@ from torch import nn
 
 import hyperflux
 from hyperflux import Hyperflux
-from hyperflux.structure import channels, flops, flops_by_module
-from hyperflux.structure.walk import first_line
+from hyperflux.helpers import first_line
+from hyperflux.structure import channels, flops, flops_by_module, layers
 from hyperflux.deploy.branches import relative_gap
 from hyperflux.deploy.compact import compact
 
@@ -153,10 +154,14 @@ def grouped(net, x, share=.5, steps=100):
     "What is left of a network whose channels and heads Hyperflux prunes, on random pictures"
     if norms(net): settle(net, x.shape)
     begin = time.perf_counter()
-    found = channels(net, x)
+    found, opt = channels(net, x), torch.optim.SGD(net.parameters(), 1e-3)
     net.train()
-    opt = torch.optim.SGD(net.parameters(), 1e-3)
-    pruner = Hyperflux(net, opt, sparsity=1 - share, steps=steps, groups=found, cost=flops)
+    how = dict(sparsity=1 - share, steps=steps, cost=flops)
+    try: pruner = Hyperflux(net, opt, groups=found, **how)
+    except ValueError as e:
+        if not str(e).startswith('a budget of'): raise
+        found = found + layers(net, x)                                          # channels alone do not save so much
+        pruner = Hyperflux(net, opt, groups=found, **how)
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         out = net(torch.randn(x.shape, generator=g))
@@ -169,6 +174,7 @@ def grouped(net, x, share=.5, steps=100):
     dense, left = (flops_by_module(m, example=(x,))[''] for m in (net, small))
     row = dict(gap=report.gap, rounding=report.rounding, reached=left/dense, asked=pruner.budget/pruner.groups.whole,
                reported=pruner.density, gates=pruner.groups.n, banks=len(pruner.groups.sizes), views=report.views,
+               groups=found.kind, graph=report.graph, gone=len(report.gone),
                left=parameters(small)/parameters(net), seconds=round(time.perf_counter() - begin, 1))
     if row['reached'] > row['asked'] + 1e-6: raise AssertionError(f"{row['reached']:.4f} of the operations are left")
     return row
@@ -222,9 +228,12 @@ def within(context, limit, key, variants, groups):
 
 def table_of(rows):
     show = lambda r, k, form: format(r[k], form) if r.get(k) is not None else ''
-    cells = [(r['source'], r['family'], r.get('model', ''), r['outcome'], show(r, 'reached', '.1%'), show(r, 'left', '.1%'), show(r, 'gap', '.0e'),
-              show(r, 'spread', '.0e'), show(r, 'seconds', ''), r.get('reason', '')[:100]) for r in rows]
-    return table(('source', 'family', 'model', 'outcome', 'operations', 'weights', 'gap', 'spread', 'seconds', 'reason'), cells, left=4)
+    cells = [(r['source'], r['family'], r.get('model', ''), r['outcome'], r.get('groups', ''),
+              show(r, 'reached', '.1%'), show(r, 'left', '.1%'), show(r, 'gap', '.0e'), show(r, 'spread', '.0e'), show(r, 'seconds', ''),
+              r.get('reason', '')[:100]) for r in rows]
+    head = ('source', 'family', 'model', 'outcome', 'groups', 'operations', 'weights', 'gap', 'spread', 'seconds',
+            'reason')
+    return table(head, cells, left=5)
 
 
 def totals(rows):

@@ -90,8 +90,8 @@ def _widths(pruner):
     "What is in the model now; ValueError if gates switch single weights"
     G = pruner.groups
     if G.single:
-        raise ValueError("widths are of groups, and this pruner's gates switch single weights: give it groups=, such as "
-                         "channels(model, example)")
+        raise ValueError("widths are of groups, and this pruner's gates switch single weights: give it groups=, such "
+                         "as channels(model, example)")
     return G.widths(G.found(pruner.current()))
 
 # %% ../nbs/plots.ipynb #b59764b7

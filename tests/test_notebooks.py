@@ -102,6 +102,14 @@ def test_is_fit_to_read(path):
 def modules(root): return {str(p.relative_to(root)) for p in (root/'hyperflux').rglob('*.py')}
 
 
+def test_modules_can_be_read_whole():
+    "At most 250 lines of 120 characters; what nbdev writes itself may be longer"
+    for path in sorted(modules(root) - {'hyperflux/_modidx.py'}):
+        lines = (root/path).read_text().splitlines()
+        wide = [i + 1 for i, line in enumerate(lines) if len(line) > 120 and i != 5]
+        assert len(lines) <= 250 and not wide, f'{path} has {len(lines)} lines, and wide ones: {wide}'
+
+
 def test_package_is_in_step_with_notebooks(tmp_path):
     for o in ('nbs', 'pyproject.toml', 'settings.ini'):
         (shutil.copytree if (root/o).is_dir() else shutil.copy2)(root/o, tmp_path/o)

@@ -165,10 +165,9 @@ def _regrow(self:Hyperflux):
 def _refloat(self:Hyperflux):
     "Far below plan: back to it, before the network is empty"
     if not any(r['stage'] == 'refloated' for r in self.history):
-        warn(f"at step {self.step} of {self.steps} density is {self.history[-1]['density']:.3g}, under half of the planned "
-             f"{self.planned:.3g}: "
-             "all presences are lifted to the plan; steps are too few for this sparsity, or the weights' learning rate "
-             "too high")
+        warn(f"at step {self.step} of {self.steps} density is {self.history[-1]['density']:.3g}, under half of the "
+             f"planned {self.planned:.3g}: all presences are lifted to the plan; steps are too few for this sparsity, "
+             "or the weights' learning rate too high")
     self.history[-1]['stage'] = 'refloated'
     self._waterline(self.planned*self.groups.whole)
     self.moments[0].zero_()                                                     # or momentum would sink them again

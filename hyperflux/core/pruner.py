@@ -68,8 +68,8 @@ class Guards:
     def gradients(self)->list: # One for each weight, of what is here; None where there is none
         grads = self.layout.gradients
         if any(g is not None and g.requires_grad for g in grads):
-            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants: it would differentiate "
-                               "at weights that the pruner has exchanged; use an optimiser that takes gradients alone")
+            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants, of weights that are "
+                               "exchanged: use an optimiser that takes gradients alone")
         return grads
 
     def uphill(self)->list[int]:
@@ -155,7 +155,7 @@ class Pruner(Guards, Driven, Tally):
 
     # What a method may say, beside what `Driven` asks
     def begin_pruning(self): pass
-    def written_unseen(self, look:bool)->bool: return False         # were weights changed, and PyTorch does not count it?
+    def written_unseen(self, look:bool)->bool: return False     # were weights changed, and PyTorch does not count it?
     def resync(self): self.apply_mask()
     def after_step(self): self.show_gated()
     def show_gated(self): self.zero(self.layout.weights, self.gates)
@@ -227,8 +227,7 @@ def _check_same(state, mine):
     "It is of such a pruner, over such weights"
     for key in 'kind', 'names', 'sizes':
         if state.get(key) != mine[key]:
-            raise ValueError(f"this state belongs to another pruner: its {key} is {state.get(key)!r}, here it is "
-                             f"{mine[key]!r}")
+            raise ValueError(f"this state is of another pruner: its {key} is {state.get(key)!r}, here {mine[key]!r}")
     if state.get('order', mine['order']) != mine['order']:
         raise ValueError("the weights of this state lie in memory in another order: bring the model to the same "
                          "memory_format (channels_last, say) before the pruner is made")
@@ -238,7 +237,7 @@ def _check_asked(state, mine):
     for key, theirs in ({k: state.get(k) for k in ('sparsity', 'steps')} | state.get('asked', {})).items():
         if key in mine['asked'] and theirs != mine['asked'][key]:
             raise ValueError(f"this state goes on with {key}={theirs!r}, and this pruner was asked for "
-                             f"{key}={mine['asked'][key]!r}: make the pruner as it was, or begin anew without the state")
+                             f"{key}={mine['asked'][key]!r}: make the pruner as it was, or begin without the state")
 
 def _check_whole(state, mine):
     "It has all there should be, in the same shapes"
@@ -248,5 +247,4 @@ def _check_whole(state, mine):
             raise ValueError(f"this state is not whole: it lacks {key}")
         for a, b in zip(listed(value), listed(state.get(key))):
             if torch.is_tensor(a) and torch.is_tensor(b) and a.shape != b.shape:
-                raise ValueError(f"this state is of another shape: its {key} has {tuple(b.shape)}, here it is "
-                                 f"{tuple(a.shape)}")
+                raise ValueError(f"this state has another shape: its {key} {tuple(b.shape)}, here {tuple(a.shape)}")

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..structure.layers import Branch, branches, nodes_of, readers_of
 from ..structure.rules import op_name, rule
-from ..structure.walk import Channels, copied, first_line
+from ..structure.walk import Channels, copied
+from ..helpers import first_line
 
 # %% ../../nbs/deploy/00b_branches.ipynb #d7b00007
 def flat_outputs(out)->list: # Tensors

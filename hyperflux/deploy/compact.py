@@ -14,9 +14,10 @@ from torch import nn
 
 from .attention import with_fewer_heads
 from .branches import each_input, flat_outputs, largest_gap, run_on, without_branches
+from .graph import as_graph, exported, renumber
 from .picked import with_picked
-from ..structure.walk import Channels, copied, first_line, inputs, needed, plainly, stand_in, unfused
-from ..helpers import format_table
+from ..structure.walk import Channels, copied, inputs, needed, plainly, stand_in, unfused
+from ..helpers import first_line, format_table
 
 # %% ../../nbs/deploy/01_compact.ipynb #576d4056
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d                     # those that can take a bias if they have none
@@ -51,14 +52,13 @@ def _fold(model, ch, stay):
 # %% ../../nbs/deploy/01_compact.ipynb #fd26d9f1
 def _cut(model, ch, stay):
     "Rows and columns that do not stay go, from all weights"
-    for name in dict.fromkeys(n for n, _ in ch.claims):
+    for name in dict.fromkeys(n for (n, _), ids in ch.claims.items() if not stay[ids].all()):
         layer, leaf = _owner(model, name), name.rpartition('.')[2]
         t = old = _tensor(model, name)
         for d in range(t.ndim):
             ids = ch.claims.get((name, d))
             if ids is None or stay[ids].all(): continue
             t = t.index_select(d, torch.from_numpy(np.flatnonzero(stay[ids])).to(t.device))
-        if t is old: continue
         setattr(layer, leaf, nn.Parameter(t, old.requires_grad) if isinstance(old, nn.Parameter) else t)
     for layer in model.modules(): _sizes(layer)
 
@@ -84,7 +84,8 @@ class Compaction:
     gone:list = field(default_factory=list) # name, modules, parameters: residual branches that were taken out
     gap:float = 0. # Largest difference of outputs found, relative to the largest output
     rounding:float|None = None # The same in the model's own precision, where `gap` had to be found in double
-    views:bool = True # False: reshaped channels were left alone, since the model's code has their number in it
+    views:bool = True # False: reshaped or sliced channels were left alone, since the code has their number in it
+    graph:bool = False # True: the small network is a list of operations, since the code has numbers of channels in it
     kept:dict = field(default_factory=dict) # Name of a parameter → dimension → which of its entries stay, if some go
     picked:dict = field(default_factory=dict) # Path of a layer → which features of the network's input it reads
 
@@ -103,9 +104,12 @@ def text(self:Compaction, markdown=False)->str:
     rows.append(['all', '', '', *share(self.before, self.after)])
     parts = [format_table(['layer', 'shape', 'compacted', 'weights', 'compacted', 'share'], rows, markdown=markdown)]
     if self.gone: parts.append(f"Branches that are gone: {', '.join(r['name'] for r in self.gone)}.")
-    for path, index in self.picked.items(): parts.append(f"{path or 'The model'} picks {len(index)} features of the input.")
+    parts += [f"{path or 'The model'} picks {len(k)} features of the input." for path, k in self.picked.items()]
     if not self.views:
-        parts.append("Reshaped channels were left alone: the model's code has their number written into a view.")
+        parts.append("Reshaped and sliced channels were left alone: the model's code has their number in it.")
+    if self.graph:
+        parts.append("The model's code has numbers of channels in it, so the small network is an exported graph, in "
+                     "evaluation mode for good.")
     if self.rounding is not None:
         rounding = f'rounding makes them differ by {self.rounding:.0e}'
         parts.append(f'In double precision outputs agree to {self.gap:.0e}; {rounding}.')
@@ -137,14 +141,20 @@ def _left(ch, stay):
         rows += [dict(name=name, channels=reasons.count(x), why=x) for x in dict.fromkeys(reasons)]
     return rows
 
-def _attempt(model, ch):
+def _attempt(model, ch, given): # ch: None for a graph
     "A smaller copy, and what was done to it"
-    small = copied(model).eval()
+    if graph := ch is None:
+        program = exported(model, given)
+        small, ch = as_graph(program), Channels(model, given[1] or given[0], program=program)
+    else: small = copied(model).eval()
     stay = needed(ch, lambda reader: _foldable(small, reader))
     _fold(small, ch, stay)
     _cut(small, ch, stay)
-    left = {path: {role: int(stay[ids].sum()) for role, ids in own.items()} for path, own in ch.attention.items()}
-    small, rows = with_fewer_heads(small, left), []
+    if graph: renumber(small, ch, stay)
+    else:
+        left = {path: {role: int(stay[ids].sum()) for role, ids in own.items()} for path, own in ch.attention.items()}
+        small = with_fewer_heads(small, left)
+    rows = []
     for name in dict.fromkeys(r.name for r in ch.readers):
         a, b = (tuple(_tensor(m, name).shape) for m in (model, small))
         weights = dict(weights=int(np.prod(a)), weights_after=int(np.prod(b)))
@@ -153,7 +163,8 @@ def _attempt(model, ch):
     for (name, d), ids in ch.claims.items():
         if not stay[ids].all(): kept.setdefault(name, {})[d] = torch.from_numpy(np.flatnonzero(stay[ids]))
     picked = {n.rpartition('.')[0]: kept[n][d] for n, d in ch.picks.items() if d in kept.get(n, {})}
-    return with_picked(small, picked), Compaction(rows, _left(ch, stay), views=ch.views, kept=kept, picked=picked)
+    how = dict(views=ch.views and (ch.slices or not ch.sliced), graph=graph, kept=kept, picked=picked)
+    return with_picked(small, picked), Compaction(rows, _left(ch, stay), **how)
 
 def _add_gone(report, model, ch, gone):
     "Layers of branches that went, in their place"
@@ -169,8 +180,8 @@ def _exact_gap(model, thin, ch, given):
     "The same surgery and the same comparison in double precision; infinite where the model cannot do that"
     def double(x): return x.double() if x.is_floating_point() else x
     try:
-        whole, thin = (copied(m).eval().double() for m in (model, thin))
-        return largest_gap(whole, _attempt(thin, ch)[0], each_input(given, double))
+        whole, thin, given = *(copied(m).eval().double() for m in (model, thin)), each_input(given, double)
+        return largest_gap(whole, _attempt(thin, ch, given)[0], given)
     except Exception: return float('inf')                               # one type of numbers is written into its code
 
 # %% ../../nbs/deploy/01_compact.ipynb #08f8ea2e
@@ -200,6 +211,13 @@ def _whole(model, given):
     if gives: raise ValueError(f"the model gives {gives} on the example: there is nothing to compare with")
     return whole
 
+def _ways(first, features):
+    "What is tried in turn: what the walk follows; None: a graph, which has no layer to pick features for"
+    yield {}
+    if not features: yield None
+    if first.sliced: yield dict(slices=False)
+    yield dict(views=False)
+
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
     example, # An input with at least one sample, a tuple of inputs, or a dict of them by name
@@ -208,15 +226,15 @@ def compact(
 )->tuple: # The smaller model, in eval mode, and a `Compaction`; RuntimeError if it cannot be followed, or differs
     "Takes out all branches and channels that nobody needs; equal to the model in eval mode, and checked"
     given, trouble = _given(model, example), []
-    tensors = [x for x in (*given[0], *given[1].values()) if isinstance(x, torch.Tensor)]
-    with unfused(), plainly(*model.parameters(), *tensors):
+    with unfused(), plainly(*model.parameters(), *flat_outputs(given)):
         whole = _whole(model, given)
         first = Channels(model, example, features=features)
         thin, gone, stuck = without_branches(whole, first, given, tolerance)
-        for views in (True, False):
-            ch = first if views and not gone else Channels(thin, example, views, features=features)
+        for how in _ways(first, features):
             try:
-                small, report = _attempt(thin, ch)
+                own = how is not None and (gone or how)
+                ch = Channels(thin, example, features=features, **how) if own else first if how == {} else None
+                small, report = _attempt(thin, ch, given)
                 report.gone, report.left = gone, stuck + report.left
                 if gone: _add_gone(report, model, first, gone)
                 report.gap = largest_gap(whole, small, given)
@@ -224,8 +242,9 @@ def compact(
                     report.gap, report.rounding = _exact_gap(model, thin, ch, given), report.gap
             except Exception as e: trouble.append(first_line(e))
             else:
-                if report.gap <= tolerance: return small, report
+                fits, less = report.gap <= tolerance, report.after < report.before or not report.graph
+                if fits and less: return small, report
                 differ = f'outputs differ by {report.rounding or report.gap:.1e} of the largest'
-                trouble.append(f'{differ}, and {tolerance:g} is allowed')
-    why = '; with reshaped channels left alone: '.join(trouble)
-    raise RuntimeError(f"the smaller network does not agree with the model, so there is none: {why}")
+                trouble.append('a graph would lose nothing' if fits else f'{differ}, and {tolerance:g} is allowed')
+    raise RuntimeError("the smaller network does not agree with the model, so there is none: "
+                       + '; otherwise: '.join(dict.fromkeys(trouble)))

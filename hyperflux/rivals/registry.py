@@ -83,7 +83,8 @@ def _ten_each(run): return dict(batch=lambda: first_images(run, 10, run.data.n_c
 def _rows(run): return dict(p=1, of='rows')
 def _its_own(importance, **ways):
     "For Torch-Pruning, which looks at a batch of images too"
-    def more(run): return dict(example=run.example, importance=importance, batch=lambda: first_images(run, 128), ways=ways)
+    def more(run):
+        return dict(example=run.example, importance=importance, batch=lambda: first_images(run, 128), ways=ways)
     return more
 
 METHODS = { # Name → Method

@@ -96,8 +96,8 @@ class TorchPruned(Belonging):
             raise ValueError("TorchPruned runs the network to find what depends on what: give example=, as to "
                              "channels(model, example)")
         if how.get('cost') is not flops:
-            raise ValueError("Torch-Pruning cuts to a share of operations: give cost=flops, or take another rival, such "
-                             "as GroupMagnitude")
+            raise ValueError("Torch-Pruning cuts to a share of operations: give cost=flops, or take another rival, "
+                             "such as GroupMagnitude")
         self.importance, self.example, self.batch, self.ways = importance, example, batch, ways or {}
         super().__init__(model, optimizer, **how)
     def looks_at(self, columns, writers): return [m for m in writers if m.index.ndim == 1]

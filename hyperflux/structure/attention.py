@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'spread', 'Kind', 'kind_of', 'attention_of', 'numbers_of', 'into_heads', 'together', 'beside', 'product',
-           'matmul', 'attention', 'unknown', 'softmax', 'norm', 'masked', 'cat_inside', 'stack', 'slice_', 'unbind',
-           'part', 'expand', 'repeat', 'looked_at']
+           'matmul', 'attention', 'unknown', 'softmax', 'norm', 'masked', 'cat_inside', 'stack', 'unbind', 'part',
+           'expand', 'repeat', 'looked_at']
 
 # %% ../../nbs/structure/07_attention.ipynb #a7700003
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import nn
 
 from .rules import Unknown, Value, Work, each, getitem, op_name, rule, shape, to
-from .shapes import cat, cut, view
+from .shapes import PIECES, cat, piece, view
 from .walk import Channels
 
 # %% ../../nbs/structure/07_attention.ipynb #a7700009
@@ -173,11 +173,6 @@ def stack(self, node, tensors, dim=0):
     for v in others: self.equal(first.ids, v.ids)
     return unknown(first)._replace(dim=first.dim + (dim % len(shape(node)) <= first.dim))
 
-@rule('slice')
-def slice_(self, node, x, *args):
-    "All of it is no slice"
-    return self.value(x) if shape(node) == shape(x) else cut(self, node, x, *args)
-
 @rule('unbind')
 def unbind(self, node, x, dim=0):
     v, dim = self.value(x), dim % len(shape(x))
@@ -186,9 +181,10 @@ def unbind(self, node, x, dim=0):
 
 @rule('getitem')
 def part(self, node, x, i):
-    "Of a tensor in pieces each is what the first is"
-    pieces = op_name(x) in ('unbind', 'split', 'split_with_sizes', 'chunk')
-    return self.value(x) if pieces else getitem(self, node, x, i)
+    "Of a tensor in pieces each is what the first is, or has channels of its own"
+    if op_name(x) not in ('unbind', *PIECES): return getitem(self, node, x, i)
+    v = self.value(x)
+    return v if v.dim is None else piece(v, x, i)
 
 @rule('expand')
 def expand(self, node, x, *sizes, **kw):
@@ -206,7 +202,7 @@ def repeat(self, node, x, times, dim=None, **kw):
     if dim % len(shape(x)) != v.dim: return v
     return v._replace(ids=np.repeat(v.ids, times), const=np.repeat(v.const, times))
 
-@rule('assert_tensor_metadata')
-def looked_at(self, node, *args, **kw): return Value()                          # of types, when PyTorch exported it
+@rule('assert_tensor_metadata', 'sym_size')
+def looked_at(self, node, *args, **kw): return Value()          # types, when PyTorch exported it; the size of a batch
 rule('rsqrt', 'cos', 'sin')(each)
 rule('type_as')(to)

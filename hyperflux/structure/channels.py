@@ -85,6 +85,7 @@ def _flops(model, example):
     "Of one sample, run once: some models look at the values of their inputs"
     args, named = inputs(example)
     with unfused(), plainly(*model.parameters()), evaluating(copied(model)) as seen, sdpa_kernel(SDPBackend.MATH):
+        seen.requires_grad_(False)          # or the counter would fail at a module that gets a parameter for an input
         with FlopCounterMode(display=False) as counter: seen(*args, **named)
     return counter.get_total_flops()/samples(example)
 

@@ -63,8 +63,8 @@ class Grouping:
         "What the network takes whose gates are open or shut"
         price, n = price or weights, sum(b.n for b in self.banks)
         if self.picks and getattr(price, 'unit', '') == 'ns':
-            raise ValueError(f"{self.kind} are picked out of the input, which takes time that no layer was measured with: "
-                             "take cost=flops, or groups without features")
+            raise ValueError(f"{self.kind} are picked out of the input, which takes time that no layer was measured "
+                             "with: take cost=flops, or groups without features")
         known = Cost(self.terms, n, price, 0., device)
         if math.isnan(known.whole): raise ValueError(unknown(self.kind, self.terms, 'flops' in self.total))
         total = self.total.get(getattr(price, '__name__', ''), known.whole)

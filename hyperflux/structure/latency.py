@@ -103,8 +103,8 @@ def calls_of(model, ch, args, named, multiple, sizes)->tuple: # Layers; of each 
 def _networks(model, example, n, multiple, seed):
     "Channels, and what stays of them: the whole, the thinnest, random ones; the whole alone, if no narrower one runs"
     args, named = inputs(example)
-    for views in (True, False):
-        ch, draw = Channels(model, example, views), np.random.default_rng(seed).random
+    for how in ({}, dict(slices=False), dict(views=False)):
+        ch, draw = Channels(model, example, **how), np.random.default_rng(seed).random
         shares = [lambda: 1., lambda: 0., *[draw]*n][:n + 1]
         try: narrowed(model, ch, drawn(ch, lambda: 0., multiple))(*args, **named)
         except Exception: continue                                              # numbers of channels stand in its code

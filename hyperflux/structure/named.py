@@ -18,8 +18,8 @@ from .layers import layers
 from .nm import nm
 
 # %% ../../nbs/structure/14_named.ipynb #5c110006
-FORMS = dict(single=single, channels=channels, heads=heads, features=features, layers=layers, rows=rows, columns=columns,
-             kernels=kernels, blocks=blocks, nm=nm) # Name → function of a model, of an example, and of what else it names
+FORMS = dict(single=single, channels=channels, heads=heads, features=features, layers=layers, rows=rows,
+             columns=columns, kernels=kernels, blocks=blocks, nm=nm) # Name → function of a model, an example, and more
 PRICES = dict(weights=weights, flops=flops, bytes=nbytes,
               latency=Latency) # Name → price; Latency: what makes one, of a model and an example
 

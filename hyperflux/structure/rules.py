@@ -65,7 +65,8 @@ def shape(node): # Of an operation that gives several: of the first; nothing whe
     "Sizes of what an operation gives"
     val = node.meta.get('val')
     val = val[0] if isinstance(val, (list, tuple)) else val
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+    if not isinstance(val, torch.Tensor): return ()
+    return tuple(n if isinstance(n, int) else n.node.hint for n in val.shape)   # a free batch: of the example
 
 def numbers(t:torch.Tensor)->np.ndarray: # Unknown if they are complex
     "For counting with, whatever type and place they have"

@@ -175,8 +175,8 @@ _WIDE = 'single', 'rows', 'columns', 'kernels', 'blocks', 'nm'                  
 def _check_groups(c):
     if c.groups and not method(c.method).groups:
         able = ', '.join(k for k, m in METHODS.items() if m.groups)
-        raise ValueError(f"method {c.method} removes single weights, and groups={c.groups!r} were asked for: take one of "
-                         f"{able}, or leave groups out")
+        raise ValueError(f"method {c.method} removes single weights, and groups={c.groups!r} were asked for: take one "
+                         f"of {able}, or leave groups out")
     if not c.groups and method(c.method).groups == 'only':
         raise ValueError(f"method {c.method} removes groups of weights, and none were asked for: add groups='channels'")
     if not c.groups and (c.cost, c.multiple) != ('weights', 1):
@@ -186,8 +186,8 @@ def _check_groups(c):
         raise ValueError(f"cost=latency is what layers take at other widths, and groups={c.groups} leave all layers as "
                          "wide as they are: take groups=channels or heads, or cost=flops")
     if c.cost == 'latency' and 'features' in c.groups.split('+'):
-        raise ValueError(f"cost=latency is measured layer by layer, and groups={c.groups} pick features out of the input "
-                         "before any layer: take cost=flops, or groups without features")
+        raise ValueError(f"cost=latency is measured layer by layer, and groups={c.groups} pick features out of the "
+                         "input before any layer: take cost=flops, or groups without features")
     if c.cost != 'latency' and c.latency_batch != 1:
         raise ValueError(f"latency_batch={c.latency_batch} is for cost=latency, and cost={c.cost}: leave it out")
 

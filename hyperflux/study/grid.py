@@ -120,7 +120,8 @@ def dense_config(
 )->Config: # The same for all cells with the same dense training
     "The run whose first epochs a cell shares"
     plain = dict(groups='', cost='weights', multiple=1, latency_batch=1)
-    return dataclasses.replace(c, method='magnitude', sparsity=.5, task='lenet', prune_epochs=1, regrow_epochs=0, **plain)
+    return dataclasses.replace(c, method='magnitude', sparsity=.5, task='lenet', prune_epochs=1, regrow_epochs=0,
+                               **plain)
 
 def train_dense(
     c:Config, # Of a cell

@@ -122,7 +122,8 @@ def _counts(s):
     weights = 'weights left', f"{s['left']:,} of {s['weights']:,}"
     if 'cost' not in s: return [('weights asked', f"{s['keep']:,}"), weights]
     c = s['cost']
-    return [(f"{c['unit']} asked", f"{c['asked']:,.0f}"), (f"{c['unit']} left", f"{c['left']:,.0f} of {c['whole']:,.0f}"),
+    return [(f"{c['unit']} asked", f"{c['asked']:,.0f}"),
+            (f"{c['unit']} left", f"{c['left']:,.0f} of {c['whole']:,.0f}"),
             *[weights]*(c['unit'] != 'weights')]
 
 def _rows(s):

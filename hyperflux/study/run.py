@@ -9,7 +9,6 @@ __all__ = ['Run', 'train_epoch']
 import contextlib, dataclasses, functools, math, time
 
 import torch, torch.nn.functional as F
-from torch import nn
 from fastcore.basics import patch
 
 from ..core.selection import select
@@ -150,7 +149,7 @@ def update(self:Run):
     "Clips, and steps"
     if self.config.clip:
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
     self.scaler.step(self.optimizer)
     self.scaler.update()
 

@@ -181,3 +181,17 @@ def test_a_layer_without_gradient_leaves_its_gates():
     train(net, opt, 3)
     last = slice(p.groups.n - 20, None)
     assert torch.equal(p.presence[last], before[last]) and not torch.equal(p.presence[:12], before[:12])
+
+
+class Token(nn.Module):
+    "A module is given a view of a parameter, as cait's class token is"
+    def __init__(self):
+        super().__init__()
+        self.token, self.ahead, self.out = nn.Parameter(torch.randn(1, 4)), nn.Identity(), nn.Linear(4, 2)
+        self.hidden = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4))
+    def forward(self, x): return self.out(self.hidden(x)*self.ahead(self.token.expand(len(x), -1)))
+
+
+def test_a_module_is_given_a_parameter():
+    found = channels(Token(), torch.randn(2, 3))
+    assert [(b.name, b.n) for b in found.banks] == [('hidden.0', 5)]
