@@ -150,18 +150,31 @@ def compacted(net, x):
                 weights_left=report.after, views=report.views, seconds=round(time.perf_counter() - begin, 1))
 
 
+def half_pruned(net, x, share, steps):
+    "Hyperflux on channels; and on branches, where channels alone do not save so much"
+    opt = torch.optim.SGD(net.parameters(), 1e-3)
+    def pruner(found): return Hyperflux(net, opt, sparsity=1 - share, steps=steps, cost=flops, groups=found)
+    found = None
+    try:
+        found = channels(net, x)
+        return pruner(found), opt
+    except ValueError as e:
+        if not str(e).startswith(('a budget of', 'no channel')): raise
+    return pruner(found + layers(net, x) if found else layers(net, x)), opt
+
+
+def kinds(pruner):
+    "Of its gates, in words"
+    branch = [b.name.startswith('branch ') for b in pruner.groups.banks]
+    return '+'.join(['channels']*(not all(branch)) + ['layers']*any(branch))
+
+
 def grouped(net, x, share=.5, steps=100):
     "What is left of a network whose channels and heads Hyperflux prunes, on random pictures"
     if norms(net): settle(net, x.shape)
     begin = time.perf_counter()
-    found, opt = channels(net, x), torch.optim.SGD(net.parameters(), 1e-3)
+    pruner, opt = half_pruned(net, x, share, steps)
     net.train()
-    how = dict(sparsity=1 - share, steps=steps, cost=flops)
-    try: pruner = Hyperflux(net, opt, groups=found, **how)
-    except ValueError as e:
-        if not str(e).startswith('a budget of'): raise
-        found = found + layers(net, x)                                          # channels alone do not save so much
-        pruner = Hyperflux(net, opt, groups=found, **how)
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         out = net(torch.randn(x.shape, generator=g))
@@ -174,7 +187,7 @@ def grouped(net, x, share=.5, steps=100):
     dense, left = (flops_by_module(m, example=(x,))[''] for m in (net, small))
     row = dict(gap=report.gap, rounding=report.rounding, reached=left/dense, asked=pruner.budget/pruner.groups.whole,
                reported=pruner.density, gates=pruner.groups.n, banks=len(pruner.groups.sizes), views=report.views,
-               groups=found.kind, graph=report.graph, gone=len(report.gone),
+               groups=kinds(pruner), graph=report.graph, gone=len(report.gone),
                left=parameters(small)/parameters(net), seconds=round(time.perf_counter() - begin, 1))
     if row['reached'] > row['asked'] + 1e-6: raise AssertionError(f"{row['reached']:.4f} of the operations are left")
     return row
@@ -226,11 +239,12 @@ def within(context, limit, key, variants, groups):
 
 # All of them
 
+FORMATS = dict(reached='.1%', left='.1%', gap='.0e', spread='.0e', seconds='')
+
 def table_of(rows):
     show = lambda r, k, form: format(r[k], form) if r.get(k) is not None else ''
     cells = [(r['source'], r['family'], r.get('model', ''), r['outcome'], r.get('groups', ''),
-              show(r, 'reached', '.1%'), show(r, 'left', '.1%'), show(r, 'gap', '.0e'), show(r, 'spread', '.0e'), show(r, 'seconds', ''),
-              r.get('reason', '')[:100]) for r in rows]
+              *(show(r, k, form) for k, form in FORMATS.items()), r.get('reason', '')[:100]) for r in rows]
     head = ('source', 'family', 'model', 'outcome', 'groups', 'operations', 'weights', 'gap', 'spread', 'seconds',
             'reason')
     return table(head, cells, left=5)

@@ -1,5 +1,7 @@
 "Branches that are gone: taken out of networks that nobody here wrote, and what is left saves, exports and trains"
-import pytest, torch
+import copy
+
+import pytest, timm, torch
 from torch import nn
 
 from hyperflux.deploy import carry, compact, export_onnx, load_network, save_network
@@ -163,3 +165,16 @@ def test_an_optimiser_goes_on_without_the_parameters_that_are_gone():
     theirs = dict(model.named_parameters())
     for name, p in small.named_parameters():
         if p.shape == theirs[name].shape: torch.testing.assert_close(p, theirs[name])
+
+
+def test_branches_that_give_less_than_they_get():
+    "In cait, one token looks at all others: what comes out of its attention is shorter than what goes in"
+    torch.manual_seed(0)
+    model = timm.create_model('cait_xxs24_224', img_size=64, embed_dim=24, depth=1, num_heads=2, num_classes=4)
+    x = torch.randn(2, 3, 64, 64)
+    left = without(filled(model), x, torch.zeros)
+    small, report = compact(model, x)
+    assert len(report.gone) == 6 and not report.left and totals(small, x)['flops'] == left
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-6)
+    again = copy.deepcopy(small).train()
+    nn.functional.cross_entropy(again(x), torch.arange(2)).backward()
