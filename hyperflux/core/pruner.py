@@ -226,8 +226,8 @@ def load_own(self:Pruner, state): self.apply_mask()             # what a method 
 def _check_same(state, mine):
     "It is of such a pruner, over such weights"
     for key in 'kind', 'names', 'sizes':
-        if state.get(key) != mine[key]:
-            raise ValueError(f"this state is of another pruner: its {key} is {state.get(key)!r}, here {mine[key]!r}")
+        if (theirs := state.get(key)) != mine[key]:
+            raise ValueError(f"this state belongs to another pruner: its {key} is {theirs!r}, here it is {mine[key]!r}")
     if state.get('order', mine['order']) != mine['order']:
         raise ValueError("the weights of this state lie in memory in another order: bring the model to the same "
                          "memory_format (channels_last, say) before the pruner is made")
@@ -247,4 +247,4 @@ def _check_whole(state, mine):
             raise ValueError(f"this state is not whole: it lacks {key}")
         for a, b in zip(listed(value), listed(state.get(key))):
             if torch.is_tensor(a) and torch.is_tensor(b) and a.shape != b.shape:
-                raise ValueError(f"this state has another shape: its {key} {tuple(b.shape)}, here {tuple(a.shape)}")
+                raise ValueError(f"this state is of another shape: its {key} has {tuple(b.shape)}, not {tuple(a.shape)}")
