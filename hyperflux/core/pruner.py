@@ -247,4 +247,4 @@ def _check_whole(state, mine):
             raise ValueError(f"this state is not whole: it lacks {key}")
         for a, b in zip(listed(value), listed(state.get(key))):
             if torch.is_tensor(a) and torch.is_tensor(b) and a.shape != b.shape:
-                raise ValueError(f"this state is of another shape: its {key} has {tuple(b.shape)}, not {tuple(a.shape)}")
+                raise ValueError(f"a state of another shape: its {key} has {(*b.shape,)}, here it is {(*a.shape,)}")
