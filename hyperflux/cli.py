@@ -200,7 +200,7 @@ def deploy(
     if threads is not None: torch.set_num_threads(whole_number('threads', threads))
     say = lambda text: print(f'{text} …', file=sys.stderr, flush=True)
     print(deploy_run(run, out, batches=_numbers('batches', batches, int), compiled=not no_compile, onnx=not no_onnx,
-                     rounds=rounds, say=say, **(dict(features=True) if features else {})))
+                     rounds=rounds, say=say, features=features))
     print(f"\nwritten to {out or Path(run)/'deploy'}")
 
 # %% ../nbs/cli.ipynb #8e8b56b9

@@ -68,8 +68,8 @@ class Guards:
     def gradients(self)->list: # One for each weight, of what is here; None where there is none
         grads = self.layout.gradients
         if any(g is not None and g.requires_grad for g in grads):
-            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants, of weights that are "
-                               "exchanged: use an optimiser that takes gradients alone")
+            raise RuntimeError("gradients carry a graph (create_graph=True), as AdaHessian wants: it would "
+                               "differentiate at exchanged weights; use an optimiser that takes gradients alone")
         return grads
 
     def uphill(self)->list[int]:

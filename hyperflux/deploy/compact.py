@@ -211,12 +211,12 @@ def _whole(model, given):
     if gives: raise ValueError(f"the model gives {gives} on the example: there is nothing to compare with")
     return whole
 
-def _ways(first, features):
-    "What is tried in turn: what the walk follows; None: a graph, which has no layer to pick features for"
-    yield {}
+def _walks(thin, example, first, gone, features):
+    "What is tried in turn; None: a graph, which has no layer to pick features for"
+    yield Channels(thin, example, features=features) if gone else first
     if not features: yield None
-    if first.sliced: yield dict(slices=False)
-    yield dict(views=False)
+    if first.sliced: yield Channels(thin, example, features=features, slices=False)
+    yield Channels(thin, example, features=features, views=False)
 
 def compact(
     model:nn.Module, # Pruned: absent weights are zeros; left as it is
@@ -230,10 +230,8 @@ def compact(
         whole = _whole(model, given)
         first = Channels(model, example, features=features)
         thin, gone, stuck = without_branches(whole, first, given, tolerance)
-        for how in _ways(first, features):
+        for ch in _walks(thin, example, first, gone, features):
             try:
-                own = how is not None and (gone or how)
-                ch = Channels(thin, example, features=features, **how) if own else first if how == {} else None
                 small, report = _attempt(thin, ch, given)
                 report.gone, report.left = gone, stuck + report.left
                 if gone: _add_gone(report, model, first, gone)

@@ -195,17 +195,18 @@ def deploy(
 def deploy_run(
     folder, # Of a finished run
     out=None, # For the files; None: deploy in the folder
+    features:bool=False, # As for `compact`; always if they had gates
     **how, # As `deploy`
 )->DeployReport:
     "A report on what a run left behind, with deploy.json, deploy.txt, deploy.png and the network as files"
     net, s, shape = load_run(folder)
-    how = dict(features='features' in s['config'].get('groups', '').split('+')) | how
+    features = features or 'features' in s['config'].get('groups', '').split('+')
     out = Path(out or Path(folder)/'deploy')
     generator = torch.Generator('cpu').manual_seed(0)
     example = torch.randn(64, *shape, generator=generator, device='cpu', dtype=torch.float32)
     about = dict(model=s['config']['model'], sparsity=str(s['sparsity_reached']), recipe=json.dumps(s['config']))
     name = f"{s['config']['model']} at {s['sparsity_reached']:.2%}"
-    report = deploy(net, example, out, name=name, metadata=about, **how)
+    report = deploy(net, example, out, name=name, metadata=about, features=features, **how)
     with atomic(out/'deploy.json', 'w') as f: f.write(json.dumps(report.record(), indent=1) + '\n')
     with atomic(out/'deploy.txt', 'w') as f: f.write(report.text() + '\n')
     if report.speed:

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 
 from ..structure.rules import Value, op_name
 from ..structure.shapes import PIECES
-from ..structure.walk import Channels, copied, evaluating, plainly, unfused
+from ..structure.walk import Channels, graph_of
 
 # %% ../../nbs/deploy/00d_graph.ipynb #0d910008
 def exported(
     model:nn.Module, # Left as it is
     given:tuple, # Inputs in order, inputs by name: what it is run on
-)->torch.export.ExportedProgram: # What torch.export raises, if it cannot follow the model
+)->torch.export.ExportedProgram: # RuntimeError if PyTorch cannot follow it
     "A model's operations in evaluation mode, for batches of any size if its code allows it"
     args, named = given
     n = next((len(x) for x in (*args, *named.values()) if isinstance(x, Tensor) and x.ndim), 0)
@@ -26,8 +26,7 @@ def exported(
     def more(x): return torch.cat([x, x]) if n == 1 and batch(x) else x             # 1 would be a constant
     shapes = {k: free(x) for k, x in named.items()} if named else tuple(map(free, args))
     args, named = tuple(map(more, args)), {k: more(x) for k, x in named.items()}
-    with unfused(), plainly(*model.parameters()), evaluating(copied(model)) as seen:
-        return torch.export.export(seen, args, named, dynamic_shapes=shapes).run_decompositions({})
+    return graph_of(model, named or args, shapes)
 
 def as_graph(
     program:torch.export.ExportedProgram,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .compact import Compaction
+from .picked import renamed
 
 # %% ../../nbs/deploy/13_training.ipynb #9a13000b
 def carry(
@@ -23,7 +24,7 @@ def carry(
     gone = {n for branch in report.gone for n in branch['parameters']}
     def stays(p): return names.get(id(p)) not in gone
     def twin(p):
-        name = _now(names.get(id(p)), report)
+        name = renamed(names.get(id(p)), report.picked)
         if name in theirs: return theirs[name]
         raise ValueError(f"the optimiser trains {name or 'a parameter that is not of this model'}, and the smaller "
                          "network has no such parameter: make a new optimiser for it")
@@ -34,11 +35,6 @@ def carry(
         kept = report.kept.get(names[id(p)], {})
         new.state[twin(p)] = {k: _cut(v, p, kept) for k, v in own.items()}
     return new
-
-def _now(name, report):
-    "What a parameter is called in the smaller network"
-    layer, _, leaf = (name or '').rpartition('.')
-    return f'{layer}.layer.{leaf}'.lstrip('.') if name and layer in report.picked else name
 
 def _cut(value, p, kept):
     if not isinstance(value, Tensor): return value

@@ -81,10 +81,10 @@ def owner_of(node, weight)->str|None:
 
 def entering(self, node, weight, dim, in_dim):
     "What a layer reads that has no channels yet; of the network's own input it may pick some, if that is asked for"
-    layer = type(self.modules.get(owner_of(node, weight)))
+    owner = type(self.modules.get(owner_of(node, weight))).__module__
+    plain = owner in ('torch.nn.modules.linear', 'torch.nn.modules.conv')
     only = weight.name in self.picks or all(r.name != weight.name for r in self.readers)
-    if self.features and only and node.args[0] in self.raw and layer.__module__.startswith('torch.nn.modules'):
-        self.picks[weight.name] = in_dim
+    if self.features and only and plain and node.args[0] in self.raw: self.picks[weight.name] = in_dim
     x = Value(dim, self.claim(weight, in_dim), np.full(weight.data.shape[in_dim], np.nan))
     if weight.name not in self.picks:
         self.pins.append((x.ids, 'is the input of the network, or of an operation that is not known'))

@@ -88,18 +88,18 @@ def samples(example)->int: # Of the first tensor
 
 def graph_of(model:nn.Module, # Left as it is; a copy is looked at
     example, # An input, a tuple of inputs, or a dict of them by name
-)->tuple: # Nodes of the graph; names of parameters and buffers by placeholder
+    free=None, # Which dimensions may have another size, as torch.export wants it: dynamic_shapes
+)->torch.export.ExportedProgram:
     "The operations of one forward pass in eval mode, without side effects; RuntimeError if PyTorch cannot follow it"
     try:
         with unfused(), plainly(*model.parameters()), evaluating(copied(model)) as seen:
-            program = torch.export.export(seen, *inputs(example)).run_decompositions({})
+            return torch.export.export(seen, *inputs(example), dynamic_shapes=free).run_decompositions({})
     except Exception as e:
         why = f"torch.export cannot follow this model, so its channels are not known: {first_line(e)}"
         if 'Cache' in why: why += ". A language model keeps no cache if its example has use_cache=False in it"
         raise RuntimeError(why) from e
-    return nodes_in(program)
 
-def nodes_in(program:torch.export.ExportedProgram)->tuple: # As of `graph_of`
+def nodes_in(program:torch.export.ExportedProgram)->tuple: # Nodes; names of parameters and buffers by placeholder
     s = program.graph_signature
     return list(program.graph.nodes), s.inputs_to_parameters | s.inputs_to_buffers
 
@@ -112,7 +112,7 @@ class Channels:
         self.heads, self.attention, self.samples = heads, {}, samples(example)
         self.features, self.raw, self.picks = features, set(), {}               # picks: weight → dimension of features
         self.modules = dict(model.named_modules())
-        nodes, names = nodes_in(program) if program else graph_of(model, example)
+        nodes, names = nodes_in(program or graph_of(model, example))
         every = dict(remove_duplicate=False)
         tensors = dict(model.named_parameters(**every)) | dict(model.named_buffers(**every))
         owners = {}

@@ -42,6 +42,13 @@ class Turned(nn.Linear):
     "A layer that does something else with its input first"
     def forward(self, x): return super().forward(x.flatten(1))
 
+class Attention(nn.Module):
+    "A module with three inputs computes with the weight"
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.MultiheadAttention(6, 2), nn.Linear(6, 2)
+    def forward(self, x): return self.out(self.a(x, x, x, need_weights=False)[0])
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -88,7 +95,7 @@ def test_features_are_found_and_go(name):
 
 
 @pytest.mark.parametrize('model, why', [(Again(), 'also reads the input'), (Backwards(), 'input of the network'),
-    (Called(), 'input of the network'), (nn.Sequential(Turned(6, 2)), 'input of the network'),
+    (Called(), 'input of the network'), (Attention().eval(), 'input of the network'), (nn.Sequential(Turned(6, 2)), 'input of the network'),
     (Tied(), 'also known by another name'), (nn.Conv1d(3, 6, 1, groups=3), 'read by conv1d'),
     (nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)), 'of an operation that is not known')])
 def test_what_needs_all_of_its_input(model, why):
