@@ -644,6 +644,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'hyperflux.deploy.graph._resplit': ('deploy/graph.html#_resplit', 'hyperflux/deploy/graph.py'),
                                         'hyperflux.deploy.graph.as_graph': ('deploy/graph.html#as_graph', 'hyperflux/deploy/graph.py'),
                                         'hyperflux.deploy.graph.exported': ('deploy/graph.html#exported', 'hyperflux/deploy/graph.py'),
+                                        'hyperflux.deploy.graph.loosened': ('deploy/graph.html#loosened', 'hyperflux/deploy/graph.py'),
                                         'hyperflux.deploy.graph.renumber': ('deploy/graph.html#renumber', 'hyperflux/deploy/graph.py')},
             'hyperflux.deploy.kernels': { 'hyperflux.deploy.kernels.Geometry': ( 'deploy/kernels.html#geometry',
                                                                                  'hyperflux/deploy/kernels.py'),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .branches import relative_gap
+from .graph import loosened
 from ..helpers import atomic
 from ..structure.walk import EXPORTING, copied, evaluating, plainly
 
@@ -95,7 +96,7 @@ def _described(model, args, dynamic):
     sig = program.graph_signature
     where = sig.inputs_to_parameters | sig.inputs_to_buffers | sig.inputs_to_lifted_tensor_constants
     values, tensors, nodes = {**program.state_dict, **program.constants}, {}, []
-    for node in program.graph.nodes:
+    for node in loosened(program.graph).nodes:
         if node.op == 'placeholder' and node.name in where: tensors[node.name] = values[where[node.name]]
         elif node.op == 'placeholder': nodes.append(dict(name=node.name, op='input'))
         elif node.op == 'output': nodes.append(dict(name='', op='output', args=_said(node.args[0])))

@@ -1,5 +1,6 @@
-"Numbers of channels that stand in the code, and channels in pieces: cut where they are gated, at the cost that was said"
+"Numbers of channels that stand in the code, and channels in pieces: cut where they are gated, at the cost said"
 import pytest, torch, torch.nn.functional as F
+from timm.layers import Attention
 from torch import nn
 
 from hyperflux import channels, flops
@@ -60,6 +61,10 @@ class Heads(Layers):
         q, k, v = (t.view(x.shape[0], 5, 3, 4).transpose(1, 2) for t in (q, k, v))
         return self.last(self.mlp(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 5, 12)).relu())
 
+class Known(Layers):
+    "An attention that is known, behind a number"
+    def forward(self, x): return self.last(self.att(self.mlp(self.one(x).relu().view(-1, 5, 16))))
+
 class Two(Layers):
     "Two inputs, one by name"
     def forward(self, x, *, more): return self.last((self.one(x) + self.two(more)).relu().view(-1, 2, 4)[:, 1])
@@ -71,14 +76,16 @@ def viewed():
 NETWORKS = { # → network, example, whether it becomes a graph; None: as random gates have it
     'view': lambda: (viewed(), PICTURE, True),
     'slices': lambda: (Sliced(one=nn.Linear(12, 16), two=nn.Linear(8, 6), last=nn.Linear(14, 3)), ROWS, True),
-    'halves': lambda: (Halves(one=nn.Conv2d(1, 8, 3), two=nn.Conv2d(4, 6, 3, padding=1), last=nn.Linear(10, 3)), PICTURE,
-                       None),
+    'halves': lambda: (Halves(one=nn.Conv2d(1, 8, 3), two=nn.Conv2d(4, 6, 3, padding=1),
+                             last=nn.Linear(10, 3)), PICTURE, None),
     'split': lambda: (Thirds(one=nn.Linear(12, 15), two=nn.Linear(4, 6), three=nn.Linear(6, 6), last=nn.Linear(17, 3)),
                       ROWS, True),
     'glu': lambda: (Gated(one=nn.Linear(12, 16), last=nn.Linear(8, 3)), WORDS, False),
     'glu by hand': lambda: (Sigmoid(one=nn.Linear(12, 16), last=nn.Linear(8, 3)), WORDS, True),
     'groups': lambda: (Depthwise(one=nn.Conv2d(1, 8, 3), two=nn.Conv2d(8, 8, 3, groups=8, bias=False),
                                  last=nn.Linear(8, 3)), PICTURE, True),
+    'heads of a known attention': lambda: (Known(one=nn.Linear(12, 16), mlp=nn.Linear(16, 12), att=Attention(12, 3),
+                                                 last=nn.Linear(12, 3)), WORDS, True),
     'heads': lambda: (Heads(qkv=nn.Linear(12, 36), mlp=nn.Linear(12, 16), last=nn.Linear(16, 3)), WORDS, False),
 }
 

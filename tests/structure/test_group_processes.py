@@ -7,7 +7,7 @@ from torch import nn
 
 from hyperflux import Hyperflux, Settings
 from hyperflux.lab.processes import wrap
-from hyperflux.structure import channels, flops
+from hyperflux.structure import channels, features, flops
 from tests.helpers import together
 
 
@@ -27,9 +27,12 @@ def cut(model):
     return fully_shard(model, mesh=init_device_mesh('cpu', (dist.get_world_size(),)))
 
 
-def start(shard=None, steps=160):
+def both(model, example): return features(model, example) + channels(model, example)
+
+
+def start(shard=None, steps=160, found=channels):
     model = build()
-    groups = channels(model, xs[:2])                                # before it is sharded: then it can be looked at
+    groups = found(model, xs[:2])                                   # before it is sharded: then it can be looked at
     if shard: shard(model)
     opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=5e-4)
     return model, opt, Hyperflux(model, opt, sparsity=.6, steps=steps, groups=groups, cost=flops, meter=True,
@@ -66,10 +69,11 @@ def test_fsdp_equals_one_process(): together(2, prunes_as_one)
 
 
 def prunes_as_one(world):
-    """Both processes get the same batch. The sum over a column adds its parts in another order, so presences may
-    differ in their last bits; gates are the same in both processes, and those of one"""
-    alone, opt1, p = start()
-    model, opt, q = start(cut)
+    """Both processes get the same batch, and its features have gates, too. The sum over a column adds its parts in
+    another order, so presences may differ in their last bits; gates are the same in both processes, and those of
+    one"""
+    alone, opt1, p = start(found=both)
+    model, opt, q = start(cut, found=both)
     assert torch.equal(p.presence, q.presence) and q.names == p.names and sum(q.sizes) < q.d
     for first, n in (0, 40), (40, 80), (120, 40):
         train(alone, opt1, n, first=first), train(model, opt, n, first=first)
