@@ -50,37 +50,47 @@ def serve():
         print(os.waitpid(pid, 0)[1], flush=True)
 
 
+class Reruns:
+    "Gives a notebook's text after a run from top to bottom, outputs saved and cleaned"
+    def __init__(self, checkout): self.checkout, self.servers = checkout, {}
+
+    def server(self, seed):
+        "Started when first asked; what hashes sets and dictionaries otherwise is another one"
+        # a main module without a file, as in a kernel
+        code = f'import sys; sys.path.insert(0, {str(root)!r}); from tests.test_notebooks import serve; serve()'
+        if seed not in self.servers:
+            self.servers[seed] = subprocess.Popen([sys.executable, '-c', code], text=True, stdin=subprocess.PIPE,
+                                                  stdout=subprocess.PIPE, env=os.environ | {'PYTHONHASHSEED': seed})
+        return self.servers[seed]
+
+    def __call__(self, path, seed='0'):
+        server, said = self.server(seed), self.checkout/f'said{seed}.txt'
+        print(json.dumps([str(path), str(self.checkout), str(said)]), file=server.stdin, flush=True)
+        assert server.stdout.readline() == '0\n', said.read_text()
+        return (self.checkout/path).read_text()
+
+    def close(self):
+        for s in self.servers.values(): s.stdin.close(), s.wait(), s.stdout.close()
+
+
 @pytest.fixture(scope='session')
 def rerun(checkout):
-    "Gives a notebook's text after a run from top to bottom, outputs saved and cleaned"
-    said = checkout/'said.txt'
-    # a main module without a file, as in a kernel
-    code = f'import sys; sys.path.insert(0, {str(root)!r}); from tests.test_notebooks import serve; serve()'
-    with subprocess.Popen([sys.executable, '-c', code], text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as server:
-        def rerun(path):
-            print(json.dumps([str(path), str(checkout), str(said)]), file=server.stdin, flush=True)
-            assert server.stdout.readline() == '0\n', said.read_text()
-            return (checkout/path).read_text()
-        yield rerun
-        server.stdin.close()
+    runs = Reruns(checkout)
+    yield runs
+    runs.close()
 
 
 @each_notebook
-def test_runs_and_a_second_run_changes_nothing(path, checkout, rerun):
+def test_runs_and_a_second_run_changes_nothing(path, rerun):
     began = time.monotonic()
     first = rerun(path)
     if first == (root/path).read_text(): return
     # Another processor or release of torch rounds otherwise. Then this machine is asked twice, and has to agree with
-    # itself; but not for pages
-    # that take long, or the suite would take twice as long on every machine that did not write them.
+    # itself; but not for pages that take long, or the suite would take twice as long on every machine that did not
+    # write them.
     assert not os.environ.get('HYPERFLUX_STRICT'), f'{path} changes when run: nbdev-test {path} --save; nbdev-clean'
     if time.monotonic() - began > 5 and not os.environ.get('HYPERFLUX_LONG'): return
-    # as a reader does; its sets and dictionaries are hashed otherwise
-    run('nbdev-test', path, '--save', '--n-workers', '0', cwd=checkout)
-    run('nbdev-clean', '--fname', path, cwd=checkout)
-    again = (checkout/path).read_text()
-    assert again == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
+    assert rerun(path, '1') == first, f'{path} is not repeatable: fix its seeds, and print no timings, paths or dates'
 
 
 def code_cells(path): return [c for c in read_nb(root/path).cells if c.cell_type == 'code']
