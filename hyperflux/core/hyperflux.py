@@ -6,6 +6,7 @@
 __all__ = ['gate_update', 'Hyperflux']
 
 # %% ../../nbs/core/17_hyperflux.ipynb #d5ebde4d
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Callable
 
@@ -19,6 +20,7 @@ from .gates import initial_presence
 from .meter import FluxMeter
 from .plan import Plan, sole_plan
 from .settings import Settings, described
+from .temperature import Noise, temperature_at
 from ..helpers import as_number
 
 # %% ../../nbs/core/17_hyperflux.ipynb #92c97fc6
@@ -74,7 +76,8 @@ class Hyperflux(GatedPruner):
             self.meter = FluxMeter(G.sizes, G.names, self.device, self.dtype, G.together, what)
         self.presence, g = self.groups.flat(), torch.Generator('cpu').manual_seed(as_number(seed))
         self.groups.fill_(self.presence, lambda n: initial_presence(n, S.low, S.high, g, self.dtype))
-        self.make_gates(self.presence, plan.lr, S.eps, sgd=S.sgd)
+        self.make_gates(self.presence, plan.lr, S.eps, sgd=S.sgd, gate=self.groups.flat(1.) if S.temperature else None)
+        if S.temperature: self._warm(seed)
         self._count = 0                                        # presence steps so far; None once gates differ in theirs
         self._compiled = torch.compile(gate_update, fullgraph=True, dynamic=True) if compile else None
         with torch.inference_mode(False):
@@ -91,10 +94,10 @@ def move(self:Hyperflux):
         before, flux = self.gate.clone(), self.gate_grad*-self.settings.slope
         if self.skip is not None: flux.masked_fill_(self.skip.bool(), 0.)       # a skipped step has no flux
     if self.missing or self.skip is not None: self._count = None     # from now on gates differ in their number of steps
-    if self.resting: pass                                                       # presences and mask stand still
+    if self.resting: self._draw()                                               # presences and mask stand still
     elif self._compiled and self._count is not None: self._compiled_step()
     else:
-        self.groups.press_(self.gate_grad.mul_(self.settings.slope), self.gamma, self.gate)     # ∂/∂t = c·ω·g + γ/d
+        self.groups.press_(self.gate_grad.mul_(self.settings.slope), self.gamma, self.opened)   # ∂/∂t = c·ω·g + γ/d
         self.step_gates()
         self._open()
     if self.meter: self.meter.update(flux, before, self.gate)
@@ -102,8 +105,9 @@ def move(self:Hyperflux):
 @patch
 def _open(self:Hyperflux):
     "H(t), and what it is to the weights"
-    self.groups.open(self.presence, self.gate)
-    self.groups.expand(self.gate, self.mask)
+    self.groups.open(self.presence, self.opened)
+    self.groups.expand(self.opened, self.mask)
+    self._draw()
 
 @patch
 def _compiled_step(self:Hyperflux):
@@ -111,9 +115,10 @@ def _compiled_step(self:Hyperflux):
     b1, b2 = group['betas']
     now = self.gamma/self.groups.n, group['lr']/(1 - b1**self._count), 1/(1 - b2**self._count)
     for s, x in zip(self._scalars, now): s.fill_(x)
-    self._compiled(self.gate_grad, self.presence, *self.moments, self.gate, *self._scalars, self.settings.slope, b1, b2,
-                   group['eps'])
-    self.groups.expand(self.gate, self.mask)
+    self._compiled(self.gate_grad, self.presence, *self.moments, self.opened, *self._scalars, self.settings.slope, b1,
+                   b2, group['eps'])
+    self.groups.expand(self.opened, self.mask)
+    self._draw()
     torch._foreach_add_(self._counts, 1)
 
 # %% ../../nbs/core/17_hyperflux.ipynb #ec03417b
@@ -140,7 +145,9 @@ def advance(self:Hyperflux):
              "a larger steps=")
     if self.step > self.plan.land: return
     if self.due(self.settings.updates) or self.step == self.plan.end: self._steer()
-    if self.step == self.plan.land and self.settings.exact and self.sparsity is not None: self.land()
+    if self.step < self.plan.land: return
+    if self.settings.exact and self.sparsity is not None: self.land()
+    elif self.settings.temperature: self._waterline()                           # as it is, without noise
 
 @patch
 def _steer(self:Hyperflux):
@@ -173,8 +180,8 @@ def _refloat(self:Hyperflux):
     self.moments[0].zero_()                                                     # or momentum would sink them again
 
 @patch
-def _waterline(self:Hyperflux, budget):
-    self.groups.land_(self.presence, budget)
+def _waterline(self:Hyperflux, budget=None):
+    if budget is not None: self.groups.land_(self.presence, budget)
     self._open()
     self.restore()
 
@@ -183,8 +190,37 @@ def _waterline(self:Hyperflux, budget):
 def land(self:Hyperflux):
     "Shifts all presences by one constant so that what is present costs the budget, and fixes the topology"
     self.note_history('landing')                                                # what there is before it
-    self._waterline(self.budget)
     self.landed = True
+    self._waterline(self.budget)
+
+# %% ../../nbs/core/17_hyperflux.ipynb #7e3b0002
+@patch
+def _warm(self:Hyperflux, seed):
+    "Gates of their own, beside those that are open without noise"
+    self.noise = Noise(as_number(seed), self.device)
+    self.places, self.remembers = self.noise.places, (*self.remembers, 'gate', 'places')
+
+@patch(as_prop=True)
+def temperature(self:Hyperflux)->float:
+    "T by now, in units of presence"
+    if self.frozen: return 0.
+    regrown = (self.step - self.plan.end)/max(self.plan.land - self.plan.end, 1)
+    return temperature_at(self.settings.temperature, self.plan.lr*self.plan.end, regrown)
+
+@patch
+def _draw(self:Hyperflux):
+    "The gates of the next forward pass, where they are not simply those that are open"
+    if self.gate is self.opened: return
+    if T := self.temperature:
+        self.groups.fill_(drawn := self.groups.flat(), self.noise)
+        self.groups.open(drawn.mul_(T).add_(self.presence), self.gate)
+    else: self.gate.copy_(self.opened)
+    self.groups.expand(self.gate, self.scale)
+
+@patch
+def deterministic(self:Hyperflux):
+    "For an evaluation in mid-run: inside, the model computes without noise"
+    return nullcontext() if self.gate is self.opened or self.frozen else self.lent(self.mask)
 
 # %% ../../nbs/core/17_hyperflux.ipynb #715dc6f9
 @patch

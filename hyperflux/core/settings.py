@@ -6,7 +6,7 @@
 __all__ = ['described', 'Settings', 'authors']
 
 # %% ../../nbs/core/16_settings.ipynb #5e770003
-import functools
+import functools, math
 from dataclasses import dataclass, fields
 from typing import Callable
 
@@ -44,6 +44,7 @@ class Settings:
     slope:float = .25                           # straight-through slope c
     eps:float|None = None                 # Adam's eps for presences; None: 1e-8/d, so that network size does not matter
     sgd:bool = False             # gradient descent with `lr` instead of Adam: without flux, t falls by lr·γ/d in a step
+    temperature:float = 0.    # noise of gates while pruning, as a share of how far presences travel; regrowth cools it
     exact:bool = True                           # land on the target to the single weight
 
     def __post_init__(self):
@@ -57,6 +58,12 @@ class Settings:
         if self.sgd and self.lr is None:
             raise ValueError("with sgd=True a presence falls by lr·γ/d in a step, which suits one pressure and no "
                              "other: give lr=")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError("temperature is a share of the presences' travel, 0 (no noise) or more: got "
+                             f"{self.temperature}")
+        if self.sgd and self.temperature:
+            raise ValueError("temperature is a share of how far Adam carries a presence, and sgd=True knows no such "
+                             "length: leave one of them out")
         if not 0 < self.dip <= 1: raise ValueError(f"dip is a share of the target density in (0, 1]: got {self.dip}")
 
     def __repr__(self): # what differs from the defaults
@@ -76,6 +83,7 @@ class Settings:
         if sparsity is not None: self.trajectory(1., self.dip*(1 - plan.sparsity))   # one that cannot get there says so
         return plan
 
+# %% ../../nbs/core/16_settings.ipynb #6d43ae21
 def authors(
     epochs:int, # Pruning epochs K: the controller acts once in each
     regrow:int, # Regrowth epochs after them

@@ -73,6 +73,7 @@ class Config:
     dip:float = None                    # the trajectory ends at dip × the target density, to make room for regrowth
     updates:int = None                  # how often the controller looks, over the whole run
     settle:float = None                 # share of the steps after dense training, at the end, with fixed topology
+    temperature:float = None            # noise of gates while pruning, a share of how far presences travel
     exact:bool = None                   # land on the target to the single weight?
     travel:float = None                 # how far Adam could carry a presence while pruning
     regrow_travel:float = None          # the same for regrowth

@@ -45,11 +45,12 @@ def cut(model, mesh=None, each=True, **kw):
     return fully_shard(model, mesh=mesh, **kw)
 
 
-def start(dims=ODD, dtype=torch.float32, optimizer=sgd, shard=None, steps=300, sparsity=.9, **kw):
+def start(dims=ODD, dtype=torch.float32, optimizer=sgd, shard=None, steps=300, sparsity=.9, temperature=0., **kw):
     model = build(dims, dtype)
     if shard: shard(model)
     opt = optimizer(model)
-    return model, opt, Hyperflux(model, opt, sparsity=sparsity, steps=steps, settings=Settings(updates=50), **kw)
+    settings = Settings(updates=50, temperature=temperature)
+    return model, opt, Hyperflux(model, opt, sparsity=sparsity, steps=steps, settings=settings, **kw)
 
 
 def train(model, opt, steps, batches, look=lambda: None):
@@ -187,13 +188,33 @@ def prunes_as_one(world, dims):
     assert str(q.meter).splitlines()[0] == str(p.meter).splitlines()[0]
 
 
+def test_noise(): together(2, draws_alike)
+
+
+def draws_alike(world):
+    """Gates are drawn as by one process, though each process has a part of them; and where each has all, the same in
+    both"""
+    one, many, all_of_them = (start(steps=120, temperature=.02, shard=shard)
+                              for shard in (None, lambda m: cut(m, each=False), None))
+    p, q, r = one[2], many[2], all_of_them[2]
+    both = batches(*data(), 32)
+    halves = [(x.chunk(2)[world.rank], y.chunk(2)[world.rank]) for x, y in both]
+    called, odd = wrap(all_of_them[0], world), 0
+    for i in range(100):
+        train(*one[:2], 1, both[i % len(both):]), train(*many[:2], 1, both[i % len(both):])
+        train(called, all_of_them[1], 1, halves[i % len(both):])
+        assert torch.equal(p.gate, whole(q, q.gate)) and torch.equal(p.mask, whole(q, q.mask))
+        odd += int((p.gate != p.mask).sum())
+    assert odd > 100 and same(world, r.gate, r.presence, *r.params) and q.left == q.keep
+
+
 def test_fsdp_resumes(tmp_path): together(2, resumes, tmp_path)
 
 
 def resumes(world, folder):
     "Each process saves its own shards; what goes on from them equals what was not stopped, bit for bit"
     both, fresh = batches(*data(), 32), lambda: start(shard=lambda m: cut(m, each=False), steps=160, meter=True,
-                                                      sparsity=.8)
+                                                      sparsity=.8, temperature=.02)
     path, stops = lambda stop: Path(folder)/f'{stop}-{world.rank}.pt', {70: 'prune', 100: 'regrow', 150: 'settle'}
     rest = lambda stop: both[stop % len(both):] + both[:stop % len(both)]
     model, opt, p = fresh()

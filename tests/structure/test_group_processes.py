@@ -1,7 +1,7 @@
 "Many processes prune channels as one does. Real processes, gloo, CPU."
 from pathlib import Path
 
-import torch
+import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,13 +30,13 @@ def cut(model):
 def both(model, example): return features(model, example) + channels(model, example)
 
 
-def start(shard=None, steps=160, found=channels):
+def start(shard=None, steps=160, found=channels, temperature=0.):
     model = build()
     groups = found(model, xs[:2])                                   # before it is sharded: then it can be looked at
     if shard: shard(model)
     opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=5e-4)
     return model, opt, Hyperflux(model, opt, sparsity=.6, steps=steps, groups=groups, cost=flops, meter=True,
-                                 settings=Settings(updates=50))
+                                 settings=Settings(updates=50, temperature=temperature))
 
 
 def train(model, opt, steps, part=lambda v: v, first=0):
@@ -51,29 +51,34 @@ def same(world, *tensors):
     return all(torch.equal(a, b) for others in world.gather(tensors) for a, b in zip(others, tensors))
 
 
-def test_ddp(): together(2, prunes_under_ddp)
+warm = pytest.mark.parametrize('temperature', [0., .02])
 
 
-def prunes_under_ddp(world):
+@warm
+def test_ddp(temperature): together(2, prunes_under_ddp, temperature)
+
+
+def prunes_under_ddp(world, temperature):
     "Gates are the same in both processes, to the last bit, and those of one process that sees the whole batch"
-    model, opt, p = start()
+    model, opt, p = start(temperature=temperature)
     train(wrap(model, world), opt, 160, lambda v: v.chunk(2)[world.rank])
-    alone, opt1, q = start()
+    alone, opt1, q = start(temperature=temperature)
     train(alone, opt1, 160)
     assert same(world, p.gate, p.presence, p.mask, *p.params) and p.stage == 'done'
     assert torch.equal(p.gate, q.gate) and p.remaining <= p.budget
     torch.testing.assert_close(p.presence, q.presence, rtol=1e-3, atol=1e-3)
 
 
-def test_fsdp_equals_one_process(): together(2, prunes_as_one)
+@warm
+def test_fsdp_equals_one_process(temperature): together(2, prunes_as_one, temperature)
 
 
-def prunes_as_one(world):
+def prunes_as_one(world, temperature):
     """Both processes get the same batch, and its features have gates, too. The sum over a column adds its parts in
     another order, so presences may differ in their last bits; gates are the same in both processes, and those of
     one"""
-    alone, opt1, p = start(found=both)
-    model, opt, q = start(cut, found=both)
+    alone, opt1, p = start(found=both, temperature=temperature)
+    model, opt, q = start(cut, found=both, temperature=temperature)
     assert torch.equal(p.presence, q.presence) and q.names == p.names and sum(q.sizes) < q.d
     for first, n in (0, 40), (40, 80), (120, 40):
         train(alone, opt1, n, first=first), train(model, opt, n, first=first)
@@ -88,12 +93,12 @@ def test_fsdp_resumes(tmp_path): together(2, resumes, tmp_path)
 
 def resumes(world, folder):
     "Each process saves its own part; what goes on equals what was not stopped, bit for bit"
-    model, opt, p = start(cut)
+    model, opt, p = start(cut, temperature=.02)
     path = Path(folder)/f'{world.rank}.pt'
     train(model, opt, 70)
     torch.save([o.state_dict() for o in (model, opt, p)], path)
     train(model, opt, 90, first=70)
-    model2, opt2, q = start(cut)
+    model2, opt2, q = start(cut, temperature=.02)
     for o, s in zip((model2, opt2, q), torch.load(path, weights_only=True)): o.load_state_dict(s)
     train(model2, opt2, 90, first=70)
     assert torch.equal(p.presence, q.presence) and torch.equal(p.gate, q.gate) and p.history == q.history

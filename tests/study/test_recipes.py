@@ -152,9 +152,8 @@ OTHER = dict(
     dense_final_lr=.012, prune_lr=.013, prune_final_lr=.014, regrow_lr=.015, regrow_final_lr=.016, schedule='step',
     warmup_epochs=1.5, momentum=.7, weight_decay=.017, decay_all=None, clip=.5, label_smoothing=.2, size=36, crop=3,
     flip=None, cutout=5, valid=.25, trajectory='cubic', controller='authors', dip=.5, updates=33, settle=.11,
-    exact=True,
-    travel=21., regrow_travel=.4, regrow_decay=.3, slope=.5, low=.1, high=.4, gate_lr=.021, gate_regrow_lr=.022,
-    gate_eps=1e-9, gate_sgd=False, precision='fp16', channels_last=None)
+    temperature=.003, exact=True, travel=21., regrow_travel=.4, regrow_decay=.3, slope=.5, low=.1, high=.4, gate_lr=.021,
+    gate_regrow_lr=.022, gate_eps=1e-9, gate_sgd=False, precision='fp16', channels_last=None)
 NEEDS = dict(cost=dict(groups='channels'), multiple=dict(groups='channels'),            # what is for groups, or for time
              latency_batch=dict(groups='channels', cost='latency'))
 OF_THE_GATES = list(OTHER)[list(OTHER).index('trajectory'):list(OTHER).index('precision')]

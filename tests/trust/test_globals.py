@@ -286,7 +286,8 @@ PARTS = dict(span=lambda *a, n: GMP(*a, sparsity=.5, steps=40, span=(n(.25), n(.
              pressure=lambda *a, n: Hyperflux(*a, pressure=n(.5), steps=120),
              **{k: lambda *a, n, k=k, v=v: Hyperflux(*a, sparsity=.5, steps=120, settings=Settings(**{k: n(v)}))
                 for k, v in dict(prune=.5, settle=.25, dip=.875, travel=48., lr=.0625, regrow_travel=.5,
-                                 regrow_lr=.0625, regrow_decay=.5, low=.125, high=.375, slope=.25, eps=.5**30).items()})
+                                 regrow_lr=.0625, regrow_decay=.5, low=.125, high=.375, slope=.25, eps=.5**30,
+                                 temperature=.125).items()})
 
 
 @pytest.mark.parametrize('number', [np.int64, np.uint8, np.array, torch.tensor], ids=['int64', 'uint8', 'array',
