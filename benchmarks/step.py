@@ -1,4 +1,4 @@
-"""Step time and peak memory: dense training, Hyperflux eager and compiled, gates in the graph, and fixed masks.
+"""Step time and peak memory: dense training, Hyperflux eager, warm and compiled, gates in the graph, fixed masks.
 
 All ways train the same network on the same random batches in one run, in short turns of random order, so that drift
 hits all alike.
@@ -26,8 +26,8 @@ from hyperflux import Hyperflux, Settings, prunable
 from .common import fresh_process, interleave, peak, provenance, ratios, stats, table, write_json
 
 STEPS, SPARSITY = 100_000, .98          # the announced length keeps every measured step in the pruning stage
-WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph',
-        'masks': 'torch.nn.utils.prune',
+WAYS = {'dense': 'dense', 'eager': 'Hyperflux eager', 'warm': 'Hyperflux eager, gates drawn',
+        'compiled': 'Hyperflux compiled', 'graph': 'gates in the graph', 'masks': 'torch.nn.utils.prune',
         'other': 'Hyperflux eager, other checkout'}
 GOALS = {('lenet300', 'eager'): 1.6, ('lenet300', 'compiled'): 1.25, ('resnet18', 'eager'): 1.15}
 
@@ -92,8 +92,9 @@ def make(model, way, device, against=None):
     opt, pruner = optimizer(net.parameters()), None
     step = lambda x, y: plain_step(net, opt, x, y)
     if way == 'other': pruner = against(net, opt, sparsity=SPARSITY, steps=STEPS)
-    if way in ('eager', 'compiled'):
-        pruner = Hyperflux(net, opt, sparsity=SPARSITY, steps=STEPS, compile=way == 'compiled')
+    if way in ('eager', 'warm', 'compiled'):
+        pruner = Hyperflux(net, opt, sparsity=SPARSITY, steps=STEPS, compile=way == 'compiled',
+                           settings=Settings(temperature=.005*(way == 'warm')))
     if way == 'graph': step = gated_step(net, opt, device)
     return step, pruner
 
@@ -168,6 +169,7 @@ def measure(model, device, rounds, burst, warmup, memory_steps, against=None):
         rows.append(dict(model=model, device=device.type, way=way, unit='ms', **stats(sum(times[way], [])),
                          ratio=ratios(times[way], times['dense']),
                          against=ratios(times[way], times['other']) if against and way == 'eager' else None,
+                         against_eager=ratios(times[way], times['eager']) if way == 'warm' else None,
                          memory_mb=taken[way] and taken[way]/1e6, memory_above_dense_mb=more,
                          goal=GOALS.get((model, way)) if device.type == 'cpu' else None))
     return rows, [dict(model=model, device=device.type, way=w, error=e) for w, e in failed.items()]
@@ -282,6 +284,9 @@ def main(argv=None):
             record['rows'] += rows; record['failed'] += failed
             print(table_of(rows), *(f"{WAYS[f['way']]}: {f['error']}" for f in failed), sep='\n', flush=True)
             for r in rows:
+                if a := r['against_eager']:
+                    print(f"{model}: drawn gates take {a['median']:.3f} × the time of those without noise "
+                          f"({a['q1']:.3f}–{a['q3']:.3f})", flush=True)
                 if a := r['against']:
                     print(f"{model}: Hyperflux eager takes {a['median']:.3f} × the time of the other checkout's "
                           f"({a['q1']:.3f}–{a['q3']:.3f})", flush=True)

@@ -28,7 +28,7 @@ def test_record_says_where_it_comes_from(smoke):
 def test_every_way_has_its_row(smoke):
     _, record = smoke
     ways = [r['way'] for r in record['rows'] + record['failed']]
-    assert sorted(ways) == ['compiled', 'dense', 'eager', 'graph', 'masks']
+    assert sorted(ways) == ['compiled', 'dense', 'eager', 'graph', 'masks', 'warm']
     # only for want of a C++ compiler
     assert all(f['way'] == 'compiled' and f['error'] for f in record['failed'])
     for r in record['rows']:
@@ -37,6 +37,7 @@ def test_every_way_has_its_row(smoke):
         assert 0 < r['ratio']['q1'] <= r['ratio']['median'] <= r['ratio']['q3']
     dense, eager = (next(r for r in record['rows'] if r['way'] == w) for w in ('dense', 'eager'))
     assert dense['ratio']['median'] == 1 and dense['goal'] is None and eager['goal'] == 1.6
+    assert [r['way'] for r in record['rows'] if r['against_eager']] == ['warm']
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='resident memory is read from /proc')

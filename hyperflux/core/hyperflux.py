@@ -212,8 +212,8 @@ def _draw(self:Hyperflux):
     "The gates of the next forward pass, where they are not simply those that are open"
     if self.gate is self.opened: return
     if T := self.temperature:
-        self.groups.fill_(drawn := self.groups.flat(), self.noise)
-        self.groups.open(drawn.mul_(T).add_(self.presence), self.gate)
+        self.groups.fill_(drawn := torch.empty_like(self.presence), self.noise)
+        self.groups.open(torch.add(self.presence, drawn, alpha=T, out=drawn), self.gate)
     else: self.gate.copy_(self.opened)
     self.groups.expand(self.gate, self.scale)
 
