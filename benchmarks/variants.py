@@ -27,6 +27,8 @@ untrained = variant(untrained=True)         # no dense epochs: 50 epochs under i
 late = variant(settle=.05)                  # lands when nearly all is over
 soon = variant(settle=.45)                  # lands as soon as pruning ends: hardly any regrowth
 
+warm2, warm5, warm10, warm25 = (variant(temperature=t/1000) for t in (2, 5, 10, 25))   # thousandths of the travel
+
 restless = variant(controller=functools.partial(LogController, rest=0.))  # density is further from its plan
 
 
