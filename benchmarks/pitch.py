@@ -100,7 +100,8 @@ def fine_tuned(method:str, sparsity:float, steps:int, seed:int, batch:int=32)->d
         F.binary_cross_entropy(model(x), target(hertz)).backward()
         optimizer.step(); lower.step()
     return dict(method=method or 'dense', sparsity=sparsity, steps=steps, seed=seed, accuracy=heard(model),
-                left=pruner and pruner.left, keep=pruner and pruner.keep, seconds=time.monotonic() - began)
+                left=pruner and pruner.left, keep=pruner and pruner.keep, seconds=time.monotonic() - began,
+                layers={r['layer']: r['density'] for r in pruner.layers()} if pruner else {})
 
 
 def cells(smoke=False, sparsities=SPARSITIES, steps=STEPS, seeds=SEEDS, methods=tuple(METHODS)):
