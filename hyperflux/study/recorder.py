@@ -26,8 +26,9 @@ class Trace:
     value:np.ndarray # ω
     flux:np.ndarray # φ = -c·ω·g, in nats
     pressure:np.ndarray # [times], γ/d: what flux has to beat
+    drawn:np.ndarray|None = None # The gates that the network computed with, where these are drawn; None: t ≥ 0
     @property
-    def present(self)->np.ndarray: return self.presence >= 0
+    def present(self)->np.ndarray: return self.presence >= 0 if self.drawn is None else self.drawn > 0
     @property
     def theta(self)->np.ndarray: return np.where(self.present, self.value, 0)
     @property
@@ -47,6 +48,7 @@ class Recorder:
         _check_presences(pruner, "a recorder watches presences")
         _check_whole(pruner)
         self.pruner, self.every = pruner, whole_number('every', every)
+        self._vectors = ['presence', 'value', 'sensitivity'] + ['gate']*(pruner.gate is not pruner.opened)
         places = spread_places(pruner.sizes, weights, seed) if isinstance(weights, int) else torch.as_tensor(weights)
         self.places = places.to(pruner.device)
         bad = self.places[(self.places < 0) | (self.places >= pruner.d)]
@@ -59,9 +61,9 @@ class Recorder:
         p = self.pruner
         if not p.in_step or p.step % self.every or self._steps[-1:] == [p.step]: return # once, with steps inside too
         at, n = len(self._steps) % 1024, len(self.places)
-        if at == 0: self._rows.append(torch.empty(1024, 3, n, device=p.device, dtype=p.dtype))
-        for out, v in zip(self._rows[-1][at], (p.presence, p.value, p.sensitivity)):
-            torch.index_select(v, 0, self.places, out=out)
+        if at == 0: self._rows.append(torch.empty(1024, len(self._vectors), n, device=p.device, dtype=p.dtype))
+        for out, v in zip(self._rows[-1][at], self._vectors):
+            torch.index_select(getattr(p, v), 0, self.places, out=out)
         self._steps.append(p.step); self._pressures.append(p.pressure/p.d)
 
     def close(self):
@@ -69,8 +71,11 @@ class Recorder:
         self._handle.remove()
 
 def _check_presences(pruner, why):
-    if isinstance(pruner, Hyperflux): return
-    raise TypeError(f"{why}, and {type(pruner).__name__} has none: give it a Hyperflux")
+    if not isinstance(pruner, Hyperflux):
+        raise TypeError(f"{why}, and {type(pruner).__name__} has none: give it a Hyperflux")
+    if len(pruner.presence) != pruner.d:
+        raise ValueError(f"{why} of single weights, and here {len(pruner.presence):,} gates switch {pruner.d:,} "
+                         "weights: read pruner.presence, or leave out groups=")
 
 def _check_whole(pruner):
     if pruner.layout.place: raise ValueError("this process holds only parts of the weights: watch without fully_shard")
@@ -114,10 +119,10 @@ def _index(shape, order, at):
 def trace(self:Recorder)->Trace:
     "All that was seen so far (waits for the device)"
     if not self._steps: raise RuntimeError("nothing was recorded: take optimiser steps while the topology is not fixed")
-    t, value, sensitivity = torch.cat(self._rows)[:len(self._steps)].cpu().numpy().transpose(1, 0, 2)
+    t, value, sensitivity, *drawn = torch.cat(self._rows)[:len(self._steps)].cpu().numpy().transpose(1, 0, 2)
     places, names = self.places.cpu().numpy(), place_names(self.pruner, self.places)
     flux = -self.pruner.settings.slope*sensitivity
-    return Trace(np.array(self._steps), places, names, t, value, flux, np.array(self._pressures))
+    return Trace(np.array(self._steps), places, names, t, value, flux, np.array(self._pressures), *drawn)
 
 # %% ../../nbs/study/13_recorder.ipynb #aa7c3dd9
 class MaskLog:
@@ -172,7 +177,7 @@ class Returns:
     def __init__(self,
         pruner:Hyperflux,
     ):
-        _check_presences(pruner, "what comes back has a presence")
+        _check_presences(pruner, "returns are told by presences")
         if pruner.frozen: raise ValueError("nothing comes back any more: the topology is fixed")
         self.pruner, self.first, self.step = pruner, pruner.presence.clone(), pruner.step
         self.absent = pruner.mask == 0

@@ -1,7 +1,7 @@
 "Gates that are drawn: what the network computes with, who comes and goes, and that it all ends"
 import io
 
-import pytest, torch
+import numpy as np, pytest, torch
 from torch import nn
 from torch.func import functional_call
 
@@ -9,6 +9,7 @@ from hyperflux import Hyperflux, Settings
 from hyperflux.core.gates import heaviside
 from hyperflux.core.temperature import Noise, open_share
 from hyperflux.structure import channels, flops, nm
+from hyperflux.study.recorder import Recorder
 from tests.core.rig import adam, adamw, assert_same, flat, loss, mlp, sgd, state, train, xs
 
 WARM = Settings(temperature=.1)
@@ -128,6 +129,19 @@ def test_births_and_deaths_are_as_many_as_noise_makes():
     counted = p.meter.layers()[-1]
     assert births > 1000 and counted['births'] == pytest.approx(births, rel=.1)
     assert counted['deaths'] == pytest.approx(deaths, rel=.1)
+
+
+def test_single_weights_are_watched_as_they_were_drawn():
+    "A recorder's `present` is what the network computed with in that step, and not the sign of the presence"
+    model, opt, p = start()
+    recorder, drawn = Recorder(p, 40), []
+    for _ in range(60):
+        drawn.append(p.gate[recorder.places].clone())
+        train(model, opt, 1)
+    trace = recorder.trace()
+    assert np.array_equal(trace.present, torch.stack(drawn).numpy() > 0)
+    assert (trace.present != (trace.presence >= 0)).any()
+    assert np.array_equal(trace.theta != 0, trace.present)
 
 
 def test_runs_of_any_length_are_as_warm():
