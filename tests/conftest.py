@@ -39,6 +39,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
 
 
+def pytest_xdist_auto_num_workers():
+    "One more than there are cores: tests wait for processes of their own, and for the disk, a fifth of the time"
+    return len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())) + 1
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     "While a file's tests run, PyTorch has one thread"
